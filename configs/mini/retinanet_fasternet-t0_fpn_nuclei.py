@@ -1,0 +1,25 @@
+# RetinaNet with FasterNet-T0, from scratch, for two CPU cores.
+_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', './nuclei.py']
+custom_imports = dict(imports=['fasternet_det'], allow_failed_imports=False)
+
+norm_cfg = dict(type='BN')
+model = dict(
+    data_preprocessor=dict(mean=[33.0] * 3, std=[24.0] * 3),
+    backbone=dict(_delete_=True, type='FasterNet', arch='t0'),
+    neck=dict(
+        in_channels=[40, 80, 160, 320],
+        out_channels=96,
+        norm_cfg=norm_cfg,
+        num_outs=3,
+    ),
+    bbox_head=dict(
+        num_classes=1,
+        in_channels=96,
+        feat_channels=96,
+        stacked_convs=2,
+        norm_cfg=norm_cfg,
+        anchor_generator=dict(strides=[8, 16, 32]),
+    ),
+)
+val_evaluator = dict(metric='bbox')
+test_evaluator = val_evaluator

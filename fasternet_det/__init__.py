@@ -1,0 +1,27 @@
+"""FasterNet and its relatives as backbones for MMDetection 3.x."""
+
+import importlib.util
+
+__version__ = '0.1.0'
+
+# Named one by one: a look inside a missing package would raise by itself.
+_missing = [
+    name
+    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'pycocotools')
+    if importlib.util.find_spec(name) is None
+]
+if _missing or importlib.util.find_spec('mmcv._ext') is None:
+    raise ImportError(
+        f'fasternet_det needs {", ".join(_missing) or "the ops of mmcv"}, '
+        'which this environment lacks. With torch installed, run\n'
+        "    pip install ninja psutil wheel 'setuptools<80'\n"
+        "    pip install --no-build-isolation 'mmcv==2.1.0'\n"
+        "    pip install 'fasternet_det[mmdet]'"
+    )
+
+from .backbones import FasterNet  # noqa: E402
+from .checkpoint import allow_mmengine_checkpoints  # noqa: E402
+
+allow_mmengine_checkpoints()
+
+__all__ = ['FasterNet']

@@ -1,0 +1,523 @@
+"""The FasterNet backbone."""
+
+from contextlib import contextmanager, nullcontext
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmdet.registry import MODELS
+from mmengine.model import BaseModule, ModuleList, PretrainedInit
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..checkpoint import fasternet_from_timm, load_exactly, read_state_dict
+
+
+@contextmanager
+def _kept_statistics(module: nn.Module) -> Iterator[None]:
+    """Run BatchNorm on batch statistics without updating the running ones.
+
+    Recomputing a checkpointed block would otherwise count each batch twice.
+    """
+    norms = [
+        m
+        for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class PartialConv(nn.Module):
+    """Partial convolution (PConv): 3x3 on the first ``dim // n_div`` channels.
+
+    The other channels pass on untouched. Paper, Sec. 3.2.
+
+    Args:
+        dim (int): Number of channels C.
+        n_div (int): Inverse of the partial ratio, C / C_p. Defaults to 4.
+    """
+
+    def __init__(self, dim: int, n_div: int = 4) -> None:
+        super().__init__()
+        self.dim_conv3 = dim // n_div
+        self.dim_untouched = dim - self.dim_conv3
+        self.partial_conv3 = nn.Conv2d(
+            self.dim_conv3, self.dim_conv3, 3, padding=1, bias=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix space in the first channels.
+
+        Args:
+            x (Tensor): Feature map of shape (N, C, H, W).
+
+        Returns:
+            Tensor: A new map of shape (N, C, H, W); ``x`` keeps its values.
+        """
+        x1, x2 = x.split((self.dim_conv3, self.dim_untouched), dim=1)
+        return torch.cat((self.partial_conv3(x1), x2), dim=1)
+
+
+class FasterNetBlock(BaseModule):
+    """A PConv and two 1x1 convolutions inside a residual. Paper, Sec. 3.3.
+
+    Args:
+        dim (int): Number of channels C.
+        mlp_ratio (float): Hidden channels of the 1x1 convolutions over C.
+        n_div (int): Inverse of the partial ratio of the PConv.
+        drop_path (float): Probability of dropping the residual branch.
+        layer_scale_init_value (float): Initial scale per channel of the
+            residual branch; 0 means no layer scale.
+        norm_cfg (dict): Config of the norm between the 1x1 convolutions.
+        act_cfg (dict): Config of the activation after that norm.
+        with_cp (bool): Whether to recompute activations in the backward pass
+            instead of storing them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        n_div: int,
+        drop_path: float,
+        layer_scale_init_value: float,
+        norm_cfg: dict,
+        act_cfg: dict,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        hidden_dim = int(dim * mlp_ratio)
+        self.spatial_mixing = PartialConv(dim, n_div)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(dim, hidden_dim, 1, bias=False),
+            build_norm_layer(norm_cfg, hidden_dim)[1],
+            build_activation_layer(act_cfg),
+            nn.Conv2d(hidden_dim, dim, 1, bias=False),
+        )
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.layer_scale = (
+            nn.Parameter(layer_scale_init_value * torch.ones(dim))
+            if layer_scale_init_value
+            else None
+        )
+        self.with_cp = with_cp
+
+    def _residual(self, x: Tensor) -> Tensor:
+        out = self.mlp(self.spatial_mixing(x))
+        if self.layer_scale is not None:
+            out = self.layer_scale[:, None, None] * out
+        return x + self.drop_path(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, H, W)."""
+        if self.with_cp and torch.is_grad_enabled():
+            return cp.checkpoint(
+                self._residual,
+                x,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), _kept_statistics(self)),
+            )
+        return self._residual(x)
+
+
+class PatchEmbed(nn.Module):
+    """Stem: a 4x4 convolution of stride 4, then a norm. Paper, Sec. 3.4.
+
+    Args:
+        in_channels (int): Channels of the image.
+        embed_dim (int): Channels C of the first stage.
+        norm_cfg (dict, optional): Config of the norm; None for no norm.
+    """
+
+    def __init__(
+        self, in_channels: int, embed_dim: int, norm_cfg: Optional[dict]
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dim, 4, stride=4, bias=False)
+        self.norm = (
+            build_norm_layer(norm_cfg, embed_dim)[1]
+            if norm_cfg
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, C, H // 4, W // 4)."""
+        return self.norm(self.proj(x))
+
+
+class PatchMerging(nn.Module):
+    """Merging layer: a 2x2 convolution of stride 2, then a norm.
+
+    Args:
+        dim (int): Input channels C.
+        norm_cfg (dict): Config of the norm.
+    """
+
+    def __init__(self, dim: int, norm_cfg: dict) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 2 * dim, 2, stride=2, bias=False)
+        self.norm = build_norm_layer(norm_cfg, 2 * dim)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, 2C, H // 2, W // 2)."""
+        return self.norm(self.reduction(x))
+
+
+class BasicStage(BaseModule):
+    """A stage: FasterNet blocks of one width, at ``blocks``.
+
+    Args:
+        dim (int): Number of channels C.
+        drop_path_rates (Sequence[float]): Drop path rate of each block.
+        block_cfg (dict): The other arguments of :class:`FasterNetBlock`.
+    """
+
+    def __init__(
+        self, dim: int, drop_path_rates: Sequence[float], block_cfg: dict
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(
+                FasterNetBlock(dim, drop_path=rate, **block_cfg)
+                for rate in drop_path_rates
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, H, W)."""
+        return self.blocks(x)
+
+
+@MODELS.register_module()
+class FasterNet(BaseModule):
+    """FasterNet backbone.
+
+    A PyTorch implementation of `Run, Don't Walk: Chasing Higher FLOPS for
+    Faster Neural Networks <https://arxiv.org/abs/2303.03667>`_ (CVPR 2023),
+    with the parameter names and the outputs of the `official code
+    <https://github.com/JierunChen/FasterNet>`_.
+
+    Args:
+        arch (str | dict): One of 't0', 't1', 't2', 's', 'm', 'l' (paper,
+            Sec. 3.4), or a dict with ``embed_dim`` (int), ``depths`` (four
+            ints) and ``act_cfg`` (dict). Defaults to 't0'.
+        in_channels (int): Channels of the image. Defaults to 3.
+        mlp_ratio (float): Hidden channels of the 1x1 convolutions over the
+            block's. Defaults to 2.
+        n_div (int): Inverse of the partial ratio of the PConv. Defaults to 4.
+        patch_norm (bool): Whether a norm follows the stem's convolution.
+            Defaults to True.
+        drop_path_rate (float): Drop path rate of the last block; that of the
+            others falls linearly to 0 at the first. Defaults to 0.
+        layer_scale_init_value (float): Initial scale of the residual
+            branches; 0 means no layer scale. Defaults to 0.
+        norm_cfg (dict): Config of all norms. Defaults to ``dict(type='BN')``.
+        act_cfg (dict, optional): Config of all activations. Defaults to None,
+            the arch's own: GELU for t0 and t1, ReLU for the others.
+        out_indices (Sequence[int]): Positions in ``stages`` to output, a
+            rising selection of 0, 2, 4, 6; the odd positions are merging
+            layers. What lies behind the last one is not run and does not
+            require gradients. Defaults to (0, 2, 4, 6).
+        frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and
+            stages 1 to k with their merging layers: parameters and BatchNorm
+            statistics. The output norms, which no ImageNet file holds, stay
+            trainable. Defaults to -1.
+        norm_eval (bool): Whether to keep all BatchNorms in eval mode while
+            training. Defaults to False.
+        with_cp (bool): Whether to trade time for memory by recomputing each
+            block's activations in the backward pass; values, gradients and
+            BatchNorm statistics stay the same. Defaults to False.
+        fork_feat (bool): True for a backbone that returns normalised feature
+            maps, False for the ImageNet classifier. Defaults to True.
+        num_classes (int): Classes of the classifier. Defaults to 1000.
+        feature_dim (int): Width of the classifier's hidden layer.
+            Defaults to 1280.
+        init_cfg (dict | list[dict], optional): Initialisation. A dict with
+            ``type='Pretrained'`` reads every layout that
+            :func:`~fasternet_det.checkpoint.read_state_dict` knows,
+            with the names of timm too, and accounts for every key.
+            Defaults to None: the official truncated normal.
+
+    Raises:
+        TypeError: If an argument is unknown.
+        ValueError: If an argument, the input or a checkpoint does not fit.
+
+    Example:
+        >>> import torch
+        >>> from fasternet_det import FasterNet
+        >>> maps = FasterNet('t0').eval()(torch.rand(1, 3, 224, 224))
+        >>> [tuple(m.shape) for m in maps]
+        [(1, 40, 56, 56), (1, 80, 28, 28), (1, 160, 14, 14), (1, 320, 7, 7)]
+    """
+
+    # (embed_dim, depths, act_cfg), paper, Sec. 3.4 and appendix
+    arch_settings = {
+        't0': (40, (1, 2, 8, 2), dict(type='GELU')),
+        't1': (64, (1, 2, 8, 2), dict(type='GELU')),
+        't2': (96, (1, 2, 8, 2), dict(type='ReLU', inplace=True)),
+        's': (128, (1, 2, 13, 2), dict(type='ReLU', inplace=True)),
+        'm': (144, (3, 4, 18, 3), dict(type='ReLU', inplace=True)),
+        'l': (192, (3, 4, 18, 3), dict(type='ReLU', inplace=True)),
+    }
+    classifier_keys = {'avgpool_pre_head.1.weight', 'head.weight', 'head.bias'}
+    min_size = 32  # below, the last stage would have no pixel
+
+    def __init__(
+        self,
+        arch: Union[str, dict] = 't0',
+        in_channels: int = 3,
+        mlp_ratio: float = 2.0,
+        n_div: int = 4,
+        patch_norm: bool = True,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 0.0,
+        norm_cfg: dict = dict(type='BN'),
+        act_cfg: Optional[dict] = None,
+        out_indices: Sequence[int] = (0, 2, 4, 6),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        fork_feat: bool = True,
+        num_classes: int = 1000,
+        feature_dim: int = 1280,
+        init_cfg: Union[dict, List[dict], None] = None,
+    ) -> None:
+        super().__init__(
+            init_cfg
+            or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02)
+        )
+        embed_dim, depths, arch_act_cfg = self._parse_arch(arch)
+        act_cfg = act_cfg or arch_act_cfg
+
+        positions = tuple(range(0, 2 * len(depths), 2))
+        if (
+            not out_indices
+            or list(out_indices) != sorted(set(out_indices))
+            or not set(out_indices) <= set(positions)
+        ):
+            raise ValueError(
+                f'out_indices={out_indices!r} is not a rising selection of '
+                f'{positions}, the positions of the stages in `stages`; the '
+                'odd positions are merging layers'
+            )
+        if frozen_stages not in range(-1, len(depths) + 1):
+            raise ValueError(
+                f'frozen_stages={frozen_stages!r} is not one of -1 (none), 0 '
+                f'(the stem), 1 to {len(depths)} (the stem and that many '
+                'stages)'
+            )
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(
+                f'drop_path_rate={drop_path_rate!r} is not in [0, 1)'
+            )
+        if not 1 <= n_div <= embed_dim:
+            raise ValueError(
+                f'n_div={n_div!r} is not in 1 to '
+                f'{embed_dim}, the channels of the first stage'
+            )
+
+        self.in_channels = in_channels
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.fork_feat = fork_feat
+
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        self.patch_embed = PatchEmbed(
+            in_channels, embed_dim, norm_cfg if patch_norm else None
+        )
+
+        block_cfg = dict(
+            mlp_ratio=mlp_ratio,
+            n_div=n_div,
+            layer_scale_init_value=layer_scale_init_value,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            with_cp=with_cp,
+        )
+        drop_path_rates = iter(
+            torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        )
+        self.stages = ModuleList()
+        for i, (dim, depth) in enumerate(zip(dims, depths)):
+            if i > 0:
+                self.stages.append(PatchMerging(dims[i - 1], norm_cfg))
+            rates = [next(drop_path_rates) for _ in range(depth)]
+            self.stages.append(BasicStage(dim, rates, block_cfg))
+
+        if fork_feat:
+            #: Channels of the outputs, what a neck takes as ``in_channels``.
+            self.out_channels = [dims[i // 2] for i in self.out_indices]
+            for i, dim in zip(self.out_indices, self.out_channels):
+                self.add_module(f'norm{i}', build_norm_layer(norm_cfg, dim)[1])
+            # Left requiring gradients, these would make DDP wait for them.
+            self.stages[self.out_indices[-1] + 1 :].requires_grad_(False)
+        else:
+            self.avgpool_pre_head = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1),
+                nn.Conv2d(dims[-1], feature_dim, 1, bias=False),
+                build_activation_layer(act_cfg),
+            )
+            self.head = nn.Linear(feature_dim, num_classes)
+
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    @classmethod
+    def _parse_arch(cls, arch: Union[str, dict]) -> Tuple[int, Sequence, dict]:
+        """Turn an arch into its embed_dim, depths and act_cfg."""
+        if isinstance(arch, str) and arch in cls.arch_settings:
+            return cls.arch_settings[arch]
+        names = ', '.join(map(repr, cls.arch_settings))
+        keys = ('embed_dim', 'depths', 'act_cfg')
+        if not isinstance(arch, dict) or arch.keys() != set(keys):
+            raise ValueError(
+                f'arch={arch!r} is neither one of {names} nor a dict of just '
+                f'{", ".join(keys)}'
+            )
+        embed_dim, depths, act_cfg = (arch[key] for key in keys)
+        if len(depths) != 4 or min(*depths, embed_dim) < 1:
+            raise ValueError(
+                f'arch={arch!r} needs a positive embed_dim and four positive '
+                'depths'
+            )
+        return embed_dim, depths, act_cfg
+
+    def _frozen_modules(self) -> List[nn.Module]:
+        """What ``frozen_stages`` names."""
+        if self.frozen_stages < 0:
+            return []
+        return [
+            self.patch_embed,
+            *self.stages[: max(0, 2 * self.frozen_stages - 1)],
+        ]
+
+    def train(self, mode: bool = True) -> 'FasterNet':
+        """Set the mode, keeping frozen stages, and all BatchNorms under
+        ``norm_eval``, in eval mode.
+
+        Args:
+            mode (bool): Whether to train. Defaults to True.
+
+        Returns:
+            FasterNet: The module itself.
+        """
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says.
+
+        Raises:
+            ValueError: If a ``Pretrained`` checkpoint cannot be read safely
+                or does not fit; the model is then untouched.
+            FileNotFoundError: If there is no such checkpoint.
+        """
+        cfgs = (
+            self.init_cfg
+            if isinstance(self.init_cfg, list)
+            else [self.init_cfg]
+        )
+        if not any(
+            cfg['type'] in ('Pretrained', PretrainedInit) for cfg in cfgs
+        ):
+            super().init_weights()
+            return
+        if len(cfgs) > 1 or not {'checkpoint'} <= cfgs[0].keys() - {
+            'type'
+        } <= {'checkpoint', 'prefix'}:
+            raise ValueError(
+                f'init_cfg={self.init_cfg!r}: expected a Pretrained init_cfg '
+                'to stand alone, with `checkpoint` and, optionally, `prefix`'
+            )
+        checkpoint = cfgs[0]['checkpoint']
+        state_dict = fasternet_from_timm(
+            read_state_dict(checkpoint, cfgs[0].get('prefix'))
+        )
+        load_exactly(
+            self,
+            state_dict,
+            optional={
+                key for key in self.state_dict() if key.startswith('norm')
+            },
+            spare=self.classifier_keys if self.fork_feat else set(),
+            source=f'{checkpoint} ({self._describe(state_dict)})',
+        )
+        self._is_init = True
+
+    @classmethod
+    def _describe(cls, state_dict: dict) -> str:
+        """Name the arch that a state dict holds, for messages."""
+        stem = state_dict.get('patch_embed.proj.weight')
+        if stem is None:
+            return 'not a FasterNet'
+        blocks = {
+            tuple(key.split('.')[1:4:2])
+            for key in state_dict
+            if '.blocks.' in key
+        }
+        depths = tuple(
+            sum(stage == str(i) for stage, _ in blocks) for i in (0, 2, 4, 6)
+        )
+        for name, arch in cls.arch_settings.items():
+            if arch[:2] == (stem.shape[0], depths):
+                return f'arch {name!r}, {stem.shape[1]} input channels'
+        return (
+            f'embed_dim {stem.shape[0]}, depths {depths}, '
+            f'{stem.shape[1]} input channels'
+        )
+
+    def forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
+        """Compute the feature maps, or the logits of the classifier.
+
+        Args:
+            x (Tensor): Image batch of shape (N, in_channels, H, W), H and W
+                at least 32.
+
+        Returns:
+            tuple[Tensor] | Tensor: The map at position 2i of ``stages`` has
+            shape (N, C * 2**i, H', W'), where H' is H // 4 halved i times
+            with the remainders dropped. Without ``fork_feat``, logits of
+            shape (N, num_classes).
+
+        Raises:
+            ValueError: If ``x`` has another shape.
+        """
+        if (
+            x.dim() != 4
+            or x.shape[1] != self.in_channels
+            or min(x.shape[2:]) < self.min_size
+        ):
+            raise ValueError(
+                f'FasterNet got an input of shape {tuple(x.shape)}; expected '
+                f'(N, {self.in_channels}, H, W) with H and W at least '
+                f'{self.min_size}'
+            )
+        x = self.patch_embed(x)
+        if not self.fork_feat:
+            for stage in self.stages:
+                x = stage(x)
+            return self.head(self.avgpool_pre_head(x).flatten(1))
+        outs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                outs.append(getattr(self, f'norm{i}')(x))
+            if i == self.out_indices[-1]:
+                break
+        return tuple(outs)

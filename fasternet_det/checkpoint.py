@@ -1,0 +1,360 @@
+"""Reading weights safely, and translating their names."""
+
+import os
+import os.path as osp
+import pickle
+import re
+from contextlib import contextmanager
+from typing import AbstractSet, Callable, Dict, Iterator, Optional
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import numpy as np
+import torch
+import torch.nn as nn
+from mmengine.dist import barrier, get_rank
+from mmengine.fileio import get_local_path
+from mmengine.logging import HistoryBuffer, MMLogger
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+StateDict = Dict[str, Tensor]
+
+
+def _history_buffer_getattr(owner: type, name: str) -> Callable:
+    """What ``getattr`` does in mmengine's checkpoints, and nothing more.
+
+    They store the statistics of each HistoryBuffer as
+    ``getattr(HistoryBuffer, 'mean')``; the real ``getattr`` would hand any
+    attribute of anything, and with it any code, to a crafted file.
+    """
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is refused')
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let ``weights_only`` loading accept what mmengine's Runner saves.
+
+    torch >= 2.6 loads with ``weights_only=True`` by default and refuses the
+    training history in such files (mmengine issue 1655), which breaks
+    testing, resuming and inference. This names exactly the classes that the
+    history consists of, in the spelling of numpy 1 and 2.
+    """
+    rebuilders = (np.empty(0).__reduce__()[0], np.float64().__reduce__()[0])
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, np.ndarray, np.dtype]
+        + [type(np.dtype(name)) for name in ('float32', 'float64', 'int64')]
+        + [(_history_buffer_getattr, 'builtins.getattr')]
+        + [
+            (rebuild, f'numpy.{core}.multiarray.{rebuild.__name__}')
+            for core in ('core', '_core')
+            for rebuild in rebuilders
+        ]
+    )
+
+
+def _listed(keys: AbstractSet[str], most: int = 6) -> str:
+    """Name some keys, and say how many there are."""
+    shown = ', '.join(sorted(keys)[:most])
+    return shown + f', ... ({len(keys)} in all)' * (len(keys) > most)
+
+
+@contextmanager
+def _local_file(filename: str) -> Iterator[str]:
+    """Yield a local path to a file, fetched first where it is remote."""
+    scheme = urlparse(filename).scheme if '://' in filename else ''
+    if scheme in ('http', 'https'):
+        # torch.hub's own cache, which holds what users downloaded already.
+        path = osp.join(
+            torch.hub.get_dir(),
+            'checkpoints',
+            osp.basename(urlparse(filename).path),
+        )
+        if get_rank() == 0 and not osp.exists(path):
+            os.makedirs(osp.dirname(path), exist_ok=True)
+            MMLogger.get_current_instance().info(
+                f'Downloading {filename} to {path}'
+            )
+            torch.hub.download_url_to_file(filename, path)
+        barrier()
+        yield path
+    elif scheme == 'file':
+        yield url2pathname(urlparse(filename).path)
+    else:
+        with get_local_path(filename) as path:
+            yield path
+
+
+def read_checkpoint(filename: str) -> dict:
+    """Read a checkpoint on the CPU without executing anything it contains.
+
+    Args:
+        filename (str): A ``.safetensors`` file or one of ``torch.save``, as a
+            local path, a ``file://``, ``http://`` or ``https://`` URL, or a
+            URI of any mmengine file backend.
+
+    Returns:
+        dict: What the file holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a checkpoint, is cut short, or would
+            need code to be executed.
+    """
+    filename = str(filename)
+    with _local_file(filename) as path:
+        if not osp.isfile(path):
+            raise FileNotFoundError(f'there is no checkpoint at {filename}')
+        with open(path, 'rb') as file:
+            head = file.read(64)
+        if head.lstrip()[:1] == b'<':
+            raise ValueError(
+                f'{filename} is a web page, not a checkpoint; delete {path} '
+                'and download the file itself'
+            )
+        try:
+            if filename.endswith('.safetensors'):
+                checkpoint = load_file(path)
+            else:
+                checkpoint = torch.load(
+                    path, map_location='cpu', weights_only=True
+                )
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f'{filename} is refused: it holds more than tensors and plain '
+                'data, and reading it could execute code. Save its state dict '
+                'alone, or as .safetensors, where you trust it. torch says: '
+                f'{_first_line(error)}'
+            ) from error
+        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(
+                f'{filename} is no readable checkpoint: it may be cut short. '
+                f'Delete {path} and fetch it again. The reader says: '
+                f'{_first_line(error)}'
+            ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f'{filename} holds a {type(checkpoint).__name__}, '
+            'expected a dict of tensors'
+        )
+    return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split('\n')[0]
+
+
+def read_state_dict(filename: str, prefix: Optional[str] = None) -> StateDict:
+    """Read the state dict of one model from a checkpoint.
+
+    The state dict may be the file itself or stand under ``state_dict`` or
+    ``model``; ``module.``, ``model.`` and ``backbone.`` before the keys are
+    dropped, and of a detector just the backbone is kept.
+
+    Args:
+        filename (str): See :func:`read_checkpoint`.
+        prefix (str, optional): The part to keep, such as ``'backbone.'``,
+            where the layout is another one. Defaults to None.
+
+    Returns:
+        dict[str, Tensor]: Tensors by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read safely, holds no such part, or
+            holds NaN or infinite values.
+    """
+    state_dict = read_checkpoint(filename)
+    for wrapper in ('state_dict', 'model'):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    strangers = {
+        str(key)
+        for key, value in state_dict.items()
+        if not isinstance(value, Tensor)
+    }
+    if strangers or not state_dict:
+        raise ValueError(
+            f'{filename} holds no state dict: expected tensors by name, at '
+            'its top or under `state_dict` or `model`, found '
+            f'{_listed(strangers) or "nothing"}'
+        )
+    if prefix:
+        prefix = prefix.rstrip('.') + '.'
+        kept = _under(state_dict, prefix)
+        if not kept:
+            tops = {key.split('.')[0] + '.' for key in state_dict}
+            raise ValueError(
+                f'{filename} holds no key under {prefix!r}; its '
+                f'keys begin with {_listed(tops)}'
+            )
+        state_dict = kept
+    else:
+        for wrapper in ('module.', 'model.'):
+            if all(key.startswith(wrapper) for key in state_dict):
+                state_dict = _under(state_dict, wrapper)
+        state_dict = _under(state_dict, 'backbone.') or state_dict
+    broken = {
+        key
+        for key, value in state_dict.items()
+        if value.is_floating_point() and not value.isfinite().all()
+    }
+    if broken:
+        raise ValueError(
+            f'{filename} holds NaN or infinite values in {_listed(broken)}'
+        )
+    return dict(state_dict)
+
+
+def _under(state_dict: StateDict, prefix: str) -> StateDict:
+    """The entries under a prefix, without it."""
+    return {
+        key[len(prefix) :]: value
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
+
+
+def load_exactly(
+    module: nn.Module,
+    state_dict: StateDict,
+    optional: AbstractSet[str] = frozenset(),
+    spare: AbstractSet[str] = frozenset(),
+    source: str = 'the state dict',
+) -> None:
+    """Load a state dict of which every key is accounted for.
+
+    Args:
+        module (nn.Module): Takes the weights; untouched when they do not fit.
+        state_dict (dict[str, Tensor]): Tensors by name.
+        optional (set[str]): Keys of the module that may be missing, all of
+            them together. Defaults to none.
+        spare (set[str]): Keys that may be left over. Defaults to none.
+        source (str): What the messages call the state dict.
+
+    Raises:
+        ValueError: If other keys are missing or left over, or a shape
+            differs.
+    """
+    own = module.state_dict()
+    missing = own.keys() - state_dict.keys()
+    if missing == optional:
+        missing = set()
+    unexpected = state_dict.keys() - own.keys() - spare
+    misshapen = {
+        f'{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}'
+        for key in own.keys() & state_dict.keys()
+        if own[key].shape != state_dict[key].shape
+    }
+    problems = [
+        f'{what}: {_listed(keys)}'
+        for what, keys in (
+            ('missing', missing),
+            ('unexpected', unexpected),
+            ('of another shape', misshapen),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f'{source} does not fit {type(module).__name__}. '
+            f'{"; ".join(problems)}. Nothing was loaded.'
+        )
+    module.load_state_dict(
+        {k: v for k, v in state_dict.items() if k in own}, strict=not optional
+    )
+    MMLogger.get_current_instance().info(
+        f'Loaded {len(own.keys() & state_dict.keys())} of {len(own)} entries '
+        f'of {type(module).__name__} from {source}'
+    )
+
+
+def save_state_dict(state_dict: StateDict, filename: str) -> None:
+    """Write a state dict, as its ending says: ``.pth`` or ``.safetensors``.
+
+    Args:
+        state_dict (dict[str, Tensor]): Tensors by name.
+        filename (str): Local path; its folder exists.
+
+    Raises:
+        ValueError: If the ending is another one.
+    """
+    if filename.endswith('.safetensors'):
+        save_file({k: v.contiguous() for k, v in state_dict.items()}, filename)
+    elif filename.endswith('.pth'):
+        torch.save(state_dict, filename)
+    else:
+        raise ValueError(f'{filename} ends in neither .pth nor .safetensors')
+
+
+def fasternet_from_timm(state_dict: StateDict) -> StateDict:
+    """Rename timm's FasterNet entries to the original's.
+
+    timm keeps a stage's merging layer inside the stage, so its stages count
+    0, 1, 2, 3 where the original's count 0, 2, 4, 6. A state dict in the
+    original's layout comes back as it is.
+
+    Args:
+        state_dict (dict[str, Tensor]): Tensors by timm's or by the original's
+            names.
+
+    Returns:
+        dict[str, Tensor]: The same tensors by the original's names.
+    """
+    if not is_timm_fasternet(state_dict):
+        return state_dict
+
+    def rename(key: str) -> str:
+        key = re.sub(
+            r'^stages\.(\d)\.blocks\.',
+            lambda m: f'stages.{2 * int(m[1])}.blocks.',
+            key,
+        )
+        key = re.sub(
+            r'^stages\.(\d)\.downsample\.',
+            lambda m: f'stages.{2 * int(m[1]) - 1}.',
+            key,
+        )
+        key = re.sub(r'^conv_head\.', 'avgpool_pre_head.1.', key)
+        return re.sub(r'^classifier\.', 'head.', key)
+
+    return {rename(key): value for key, value in state_dict.items()}
+
+
+def fasternet_to_timm(state_dict: StateDict) -> StateDict:
+    """Rename the original's FasterNet entries to timm's.
+
+    Args:
+        state_dict (dict[str, Tensor]): Tensors by the original's names.
+
+    Returns:
+        dict[str, Tensor]: The same tensors by timm's names, without the
+        output norms, for which timm has no place.
+    """
+
+    def rename(key: str) -> str:
+        key = re.sub(
+            r'^stages\.([0246])\.blocks\.',
+            lambda m: f'stages.{int(m[1]) // 2}.blocks.',
+            key,
+        )
+        key = re.sub(
+            r'^stages\.([135])\.(?!blocks\.)',
+            lambda m: f'stages.{int(m[1]) // 2 + 1}.downsample.',
+            key,
+        )
+        key = re.sub(r'^avgpool_pre_head\.1\.', 'conv_head.', key)
+        return re.sub(r'^head\.', 'classifier.', key)
+
+    return {
+        rename(key): value
+        for key, value in state_dict.items()
+        if not re.match(r'norm\d\.', key)
+    }
+
+
+def is_timm_fasternet(state_dict: StateDict) -> bool:
+    """Whether a state dict is in timm's FasterNet layout."""
+    return any('.downsample.' in key for key in state_dict)

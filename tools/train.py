@@ -1,0 +1,12 @@
+"""Run mmdet's own tools/train.py, which mmdet's wheel ships."""
+
+import os.path as osp
+import runpy
+
+from mmengine.utils import get_installed_path
+
+if __name__ == '__main__':
+    runpy.run_path(
+        osp.join(get_installed_path('mmdet'), '.mim', 'tools', 'train.py'),
+        run_name='__main__',
+    )
