@@ -4,8 +4,10 @@ import os
 import os.path as osp
 import pickle
 import re
+import zipfile
 from contextlib import contextmanager
 from typing import AbstractSet, Callable, Dict, Iterator, Optional
+from urllib.error import URLError
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from mmengine.dist import barrier, get_rank
-from mmengine.fileio import get_local_path
+from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer, MMLogger
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -77,13 +79,30 @@ def _local_file(filename: str) -> Iterator[str]:
             MMLogger.get_current_instance().info(
                 f'Downloading {filename} to {path}'
             )
-            torch.hub.download_url_to_file(filename, path)
+            try:
+                torch.hub.download_url_to_file(filename, path)
+            except URLError as error:
+                raise FileNotFoundError(
+                    f'{filename} cannot be downloaded ({error}): name another '
+                    'address or a local file'
+                ) from error
         barrier()
-        yield path
+        try:
+            yield path
+        except ValueError:  # what cannot be read is not kept
+            os.remove(path)
+            raise
     elif scheme == 'file':
         yield url2pathname(urlparse(filename).path)
     else:
-        with get_local_path(filename) as path:
+        try:
+            backend = get_file_backend(filename)
+        except KeyError as error:
+            raise ValueError(
+                f'{filename} names the file backend {error}, which mmengine '
+                'does not know; see mmengine.fileio.register_backend'
+            ) from error
+        with backend.get_local_path(filename) as path:
             yield path
 
 
@@ -111,28 +130,31 @@ def read_checkpoint(filename: str) -> dict:
             head = file.read(64)
         if head.lstrip()[:1] == b'<':
             raise ValueError(
-                f'{filename} is a web page, not a checkpoint; delete {path} '
-                'and download the file itself'
+                f'{filename} is a web page, not a checkpoint: download the '
+                'file that the page is about'
             )
         try:
             if filename.endswith('.safetensors'):
                 checkpoint = load_file(path)
-            else:
+            elif zipfile.is_zipfile(path) or head[:1] == pickle.PROTO:
                 checkpoint = torch.load(
                     path, map_location='cpu', weights_only=True
                 )
+            else:
+                raise EOFError('neither a zip archive nor a pickle')
         except pickle.UnpicklingError as error:
+            code = re.search(r'GLOBAL (\S+)', str(error))
             raise ValueError(
                 f'{filename} is refused: it holds more than tensors and plain '
-                'data, and reading it could execute code. Save its state dict '
-                'alone, or as .safetensors, where you trust it. torch says: '
-                f'{_first_line(error)}'
+                f'data ({code[1] if code else "of an unknown kind"}), and '
+                'reading it could execute code. Where you trust it, save its '
+                'state dict alone, or as .safetensors'
             ) from error
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        except (SafetensorError, RuntimeError, EOFError) as error:
             raise ValueError(
-                f'{filename} is no readable checkpoint: it may be cut short. '
-                f'Delete {path} and fetch it again. The reader says: '
-                f'{_first_line(error)}'
+                f'{filename} is no readable checkpoint: it may be cut short, '
+                'so fetch it again. The reader says: '
+                f'{str(error).splitlines()[0]}'
             ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
@@ -140,10 +162,6 @@ def read_checkpoint(filename: str) -> dict:
             'expected a dict of tensors'
         )
     return checkpoint
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split('\n')[0]
 
 
 def read_state_dict(filename: str, prefix: Optional[str] = None) -> StateDict:
@@ -240,8 +258,8 @@ def load_exactly(
     """
     own = module.state_dict()
     missing = own.keys() - state_dict.keys()
-    if missing == optional:
-        missing = set()
+    if optional <= missing:
+        missing -= optional
     unexpected = state_dict.keys() - own.keys() - spare
     misshapen = {
         f'{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}'

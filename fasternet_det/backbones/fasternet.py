@@ -3,6 +3,7 @@
 from contextlib import contextmanager, nullcontext
 from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint as cp
@@ -18,22 +19,22 @@ from ..checkpoint import fasternet_from_timm, load_exactly, read_state_dict
 
 @contextmanager
 def _kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Run BatchNorm on batch statistics without updating the running ones.
+    """Leave BatchNorm's running statistics as they are.
 
     Recomputing a checkpointed block would otherwise count each batch twice.
     """
-    norms = [
-        m
-        for m in module.modules()
-        if isinstance(m, _BatchNorm) and m.track_running_stats
+    kept = [
+        (buffer, buffer.clone())
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm) and norm.training
+        for buffer in norm.buffers()
     ]
-    for norm in norms:
-        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 class PartialConv(nn.Module):
@@ -345,7 +346,7 @@ class FasterNet(BaseModule):
             with_cp=with_cp,
         )
         drop_path_rates = iter(
-            torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+            np.linspace(0, drop_path_rate, sum(depths)).tolist()
         )
         self.stages = ModuleList()
         for i, (dim, depth) in enumerate(zip(dims, depths)):

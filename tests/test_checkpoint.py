@@ -1,0 +1,420 @@
+"""Every source of weights, loaded through a real config's ``init_cfg``."""
+
+import functools
+import http.server
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.logging import HistoryBuffer
+from safetensors.torch import save_file
+
+from fasternet_det import FasterNet
+from fasternet_det.checkpoint import (
+    fasternet_from_timm,
+    fasternet_to_timm,
+    read_checkpoint,
+    read_state_dict,
+)
+
+ARCHS = ('t0', 't1', 't2', 's', 'm', 'l')
+CONFIGS = Path(__file__).parent.parent / 'configs' / 'fasternet'
+
+
+@pytest.fixture
+def imagenet(golden, filled):
+    """Make an original ImageNet state dict, without output norms."""
+
+    def make(arch):
+        shapes = {
+            k: v
+            for k, v in golden[arch]['backbone_state_dict'].items()
+            if not k.startswith('norm')
+        }
+        return filled(shapes | golden[arch]['classifier_only_keys'])
+
+    return make
+
+
+def backbone_from(checkpoint, arch='t0', detector='mask-rcnn', **init_cfg):
+    """Build the backbone of a real config and load a checkpoint into it."""
+    cfg = Config.fromfile(
+        CONFIGS / f'{detector}_fasternet-{arch}_fpn_1x_coco.py'
+    ).model.backbone
+    cfg.init_cfg.update(checkpoint=str(checkpoint), **init_cfg)
+    model = MODELS.build(cfg)
+    model.init_weights()
+    return model
+
+
+def check(model, state_dict):
+    """All of the model but its output norms comes from the state dict."""
+    own = model.state_dict()
+    norms = {k for k in own if k.startswith('norm')}
+    assert own.keys() - norms == state_dict.keys() - (
+        FasterNet.classifier_keys | norms
+    )
+    for key in own.keys() - norms:
+        assert torch.equal(own[key], state_dict[key]), key
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+@pytest.mark.parametrize('arch', ARCHS)
+def test_original(arch, suffix, imagenet, tmp_path):
+    state_dict = imagenet(arch)
+    path = tmp_path / f'fasternet.{suffix}'
+    (torch.save if suffix == 'pth' else save_file)(state_dict, path)
+    check(backbone_from(path, arch), state_dict)
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+@pytest.mark.parametrize('arch', ARCHS)
+def test_timm(arch, suffix, imagenet, timm_keys, tmp_path):
+    state_dict = imagenet(arch)
+    timm = fasternet_to_timm(state_dict)
+    assert {k: list(v.shape) for k, v in timm.items()} == timm_keys[arch]
+    back = fasternet_from_timm(timm)
+    assert back.keys() == state_dict.keys()
+    path = tmp_path / f'model.{suffix}'
+    (torch.save if suffix == 'pth' else save_file)(timm, path)
+    check(backbone_from(path, arch, 'retinanet'), state_dict)
+
+
+@pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model'])
+@pytest.mark.parametrize('prefix', ['', 'module.', 'model.', 'backbone.'])
+def test_wrapped_and_prefixed(wrapper, prefix, imagenet, tmp_path):
+    state_dict = imagenet('t0')
+    content = {prefix + k: v for k, v in state_dict.items()}
+    if wrapper:
+        content = {wrapper: content, 'epoch': 299}
+    torch.save(content, tmp_path / 'a.pth')
+    check(backbone_from(tmp_path / 'a.pth'), state_dict)
+
+
+def test_classifier(imagenet, tmp_path):
+    state_dict = imagenet('t0')
+    torch.save(state_dict, tmp_path / 'a.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'))
+    model = FasterNet('t0', fork_feat=False, init_cfg=init_cfg)
+    model.init_weights()
+    assert model.state_dict().keys() == state_dict.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state_dict[key])
+    headless = {k: v for k, v in state_dict.items() if 'head' not in k}
+    torch.save(headless, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='missing: avgpool_pre_head.1.weight'):
+        FasterNet('t0', fork_feat=False, init_cfg=init_cfg).init_weights()
+
+
+@pytest.mark.parametrize('era', ['ours', 'mmdet 2.25'])
+@pytest.mark.parametrize('prefix', [None, 'backbone', 'backbone.'])
+def test_detector(era, prefix, randomise, tmp_path):
+    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_fasternet-t0_fpn_1x_coco.py')
+    detector = randomise(MODELS.build(cfg.model))
+    content = dict(state_dict=detector.state_dict())
+    if era == 'ours':
+        history = HistoryBuffer([0.5], [1])
+        content |= dict(
+            meta=dict(epoch=12, dataset_meta=dict(classes=('cat',))),
+            message_hub=dict(log_scalars={'train/loss': history}),
+        )
+    else:
+        content |= dict(
+            meta=dict(mmdet_version='2.25.0', CLASSES=('cat',), epoch=12),
+            optimizer=dict(state={}, param_groups=[dict(lr=1e-4)]),
+        )
+    torch.save(content, tmp_path / 'epoch_12.pth')
+    model = backbone_from(tmp_path / 'epoch_12.pth', prefix=prefix)
+    check(model, detector.backbone.state_dict())
+    assert torch.equal(model.norm6.weight, detector.backbone.norm6.weight)
+    assert model.norm6.running_var.std() > 0.1
+
+
+def test_every_part_of_the_detector_gets_its_weights(imagenet, tmp_path):
+    """As the Runner does it: ``init_weights`` of the whole detector."""
+    state_dict = imagenet('t0')
+    torch.save(state_dict, tmp_path / 'a.pth')
+    cfg = Config.fromfile(CONFIGS / 'retinanet_fasternet-t0_fpn_1x_coco.py')
+    cfg.model.backbone.init_cfg.checkpoint = str(tmp_path / 'a.pth')
+    detector = MODELS.build(cfg.model)
+    detector.init_weights()
+    check(detector.backbone, state_dict)
+    assert (detector.backbone.norm0.weight == 1).all()
+    assert detector.bbox_head.retina_cls.bias.mean() < -4
+
+
+def test_one_variable_redirects_the_imagenet_files(
+    imagenet, tmp_path, monkeypatch
+):
+    name = 'fasternet_t0-epoch.281-val_acc1.71.9180.pth'
+    path = CONFIGS / 'mask-rcnn_fasternet-t0_fpn_1x_coco.py'
+    official = Config.fromfile(path).model.backbone.init_cfg.checkpoint
+    assert official == (
+        'https://github.com/JierunChen/FasterNet/releases/download/v1.0/'
+        + name
+    )
+    monkeypatch.setenv('FASTERNET_IMAGENET', str(tmp_path))
+    torch.save(imagenet('t0'), tmp_path / name)
+    model = MODELS.build(Config.fromfile(path).model.backbone)
+    model.init_weights()
+    check(model, imagenet('t0'))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve ``tmp_path/www`` over http; count the requests."""
+    (tmp_path / 'www').mkdir()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            requests.append(self.path)
+
+    httpd = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0),
+        functools.partial(Handler, directory=tmp_path / 'www'),
+    )
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}', requests
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_http(server, imagenet, tmp_path):
+    url, requests = server
+    state_dict = imagenet('t0')
+    torch.save(state_dict, tmp_path / 'www' / 'a.pth')
+    for _ in range(2):
+        check(backbone_from(f'{url}/a.pth?raw=1'), state_dict)
+    assert requests == ['/a.pth?raw=1']  # the second time it is at hand
+
+
+def test_http_error_page_is_not_kept(server, imagenet, tmp_path):
+    url, requests = server
+    (tmp_path / 'www' / 'a.pth').write_text('\n<!DOCTYPE html>Log in first')
+    with pytest.raises(ValueError, match='a web page'):
+        backbone_from(f'{url}/a.pth')
+    torch.save(imagenet('t0'), tmp_path / 'www' / 'a.pth')
+    check(backbone_from(f'{url}/a.pth'), imagenet('t0'))
+    assert len(requests) == 2
+
+
+def test_http_not_found(server):
+    with pytest.raises(FileNotFoundError, match='nowhere.pth'):
+        backbone_from(f'{server[0]}/nowhere.pth')
+
+
+def test_file_url(imagenet, tmp_path):
+    path = tmp_path / 'a b.pth'
+    torch.save(imagenet('t0'), path)
+    check(backbone_from(path.as_uri()), imagenet('t0'))
+
+
+def test_mmengine_backend(imagenet, tmp_path):
+    class Vault(LocalBackend):
+        def get(self, filepath):
+            return super().get(tmp_path / filepath.removeprefix('vault://'))
+
+        def get_local_path(self, filepath):
+            return super().get_local_path(
+                tmp_path / filepath.removeprefix('vault://')
+            )
+
+    register_backend('vault', Vault, prefixes='vault', force=True)
+    torch.save(imagenet('t0'), tmp_path / 'a.pth')
+    check(backbone_from('vault://a.pth'), imagenet('t0'))
+
+
+def spoilt(key, value):
+    def spoil(state_dict):
+        state_dict[key] = value(state_dict[key])
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (
+            lambda sd: [sd.pop(k) for k in list(sd) if 'stages.6.' in k],
+            r'missing: stages.6.blocks.0.mlp.0.weight.*\(14 in all\)',
+        ),
+        (
+            lambda sd: [
+                sd.update({f'net.{k}': sd.pop(k)}) for k in list(sd)[::2]
+            ],
+            'missing: .*unexpected: .*net',
+        ),
+        (
+            lambda sd: sd.update(fc=torch.zeros(1)),
+            'unexpected: fc. Nothing was loaded',
+        ),
+        (
+            lambda sd: sd.update({'norm0.weight': torch.ones(40)}),
+            'missing: norm0.bias',
+        ),
+        (
+            spoilt('stages.6.blocks.1.mlp.1.running_var', lambda v: v / 0),
+            'NaN or infinite values in stages.6.blocks.1.mlp.1.running_var',
+        ),
+        (
+            spoilt('patch_embed.proj.weight', lambda v: v[:, :1]),
+            r"\(arch 't0', 1 input channels\).* another shape: "
+            r'patch_embed.proj.weight \(40, 1, 4, 4\) for \(40, 3, 4, 4\)',
+        ),
+        (lambda sd: sd.clear(), 'holds no state dict.*found nothing'),
+        (
+            lambda sd: sd.update(lr=0.1),
+            'holds no state dict.* found lr',
+        ),
+    ],
+)
+def test_what_does_not_fit_leaves_the_model_untouched(
+    spoil, message, imagenet, tmp_path
+):
+    state_dict = imagenet('t0')
+    spoil(state_dict)
+    torch.save(state_dict, tmp_path / 'a.pth')
+    refuses(tmp_path / 'a.pth', message)
+
+
+def refuses(path, message, error=ValueError, arch='t0', **init_cfg):
+    cfg = dict(type='Pretrained', checkpoint=str(path), **init_cfg)
+    model = FasterNet(arch, init_cfg=cfg)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(error, match=message) as info:
+        model.init_weights()
+    assert str(path) in str(info.value)
+    for key, value in model.state_dict().items():
+        assert torch.equal(before[key], value), key
+
+
+@pytest.mark.parametrize('arch', ['t1', 's'])
+def test_wrong_arch_is_named(arch, imagenet, tmp_path):
+    torch.save(imagenet(arch), tmp_path / 'a.pth')
+    refuses(
+        tmp_path / 'a.pth',
+        rf"\(arch '{arch}', 3 input channels\) does not fit FasterNet",
+    )
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_truncated(suffix, imagenet, tmp_path):
+    path = tmp_path / f'a.{suffix}'
+    (torch.save if suffix == 'pth' else save_file)(imagenet('t0'), path)
+    for size in (0, 100, path.stat().st_size // 2):
+        os.truncate(path, size)
+        refuses(path, 'no readable checkpoint: it may be cut short')
+
+
+def test_html_page(tmp_path):
+    path = tmp_path / 'a.pth'
+    path.write_text('<html><body>404 Not Found</body></html>')
+    refuses(path, 'is a web page, not a checkpoint')
+
+
+def test_no_such_file(tmp_path):
+    refuses(tmp_path / 'a.pth', 'there is no checkpoint', FileNotFoundError)
+
+
+def test_unknown_backend():
+    refuses('ftp2://host/a.pth', 'ftp2')
+
+
+def test_no_such_prefix(imagenet, tmp_path):
+    torch.save(imagenet('t0'), tmp_path / 'a.pth')
+    refuses(
+        tmp_path / 'a.pth',
+        r"no key under 'teacher.'; .* begin with avgpool_pre_head., head., ",
+        prefix='teacher',
+    )
+
+
+def test_a_tensor_alone(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / 'a.pth')
+    refuses(tmp_path / 'a.pth', 'holds a Tensor, expected a dict')
+
+
+@pytest.mark.parametrize(
+    'init_cfg',
+    [
+        dict(type='Pretrained'),
+        dict(type='Pretrained', checkpoint='a.pth', strict=False),
+        [
+            dict(type='Pretrained', checkpoint='a.pth'),
+            dict(type='Constant', layer='BatchNorm2d', val=1),
+        ],
+    ],
+)
+def test_bad_init_cfg(init_cfg):
+    with pytest.raises(ValueError, match='to stand alone, with `checkpoint`'):
+        FasterNet('t0', init_cfg=init_cfg).init_weights()
+
+
+class Bomb:
+    """Pickles to a call that leaves a trace."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_code_is_refused_and_not_run(legacy, imagenet, tmp_path):
+    trace = tmp_path / 'trace'
+    content = dict(state_dict=imagenet('t0'), bomb=Bomb(os.mkdir, str(trace)))
+    path = tmp_path / 'a.pth'
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    refuses(path, r'is refused: .*\(posix.mkdir\).* could execute code')
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # so the file was a working bomb
+
+
+@pytest.mark.parametrize(
+    'owner, name',
+    [(HistoryBuffer, '__init__'), (HistoryBuffer, 'mro'), (dict, 'fromkeys')],
+)
+def test_importing_us_does_not_open_getattr(owner, name, tmp_path):
+    """mmengine's checkpoints contain getattr; only theirs is let through."""
+    path = tmp_path / 'a.pth'
+    torch.save(dict(bomb=Bomb(getattr, owner, name)), path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path)
+    refuses(path, 'is refused')
+    torch.save(dict(fine=Bomb(getattr, HistoryBuffer, 'mean')), path)
+    assert torch.load(path)['fine'] is HistoryBuffer.mean
+
+
+@pytest.mark.parametrize('numpy_core', [b'core', b'_core'])
+def test_history_of_either_numpy(numpy_core, tmp_path):
+    history = HistoryBuffer([0.5, 1.5], [1, 1])
+    content = dict(loss=history, best=np.float64(0.5), step=np.float32(2))
+    torch.save(content, tmp_path / 'a.pth')
+    data = (tmp_path / 'a.pth').read_bytes()
+    here = np.empty(0).__reduce__()[0].__module__.encode()
+    assert here in data
+    loaded = read_checkpoint(tmp_path / 'a.pth')
+    assert loaded['loss'].mean() == 1 and loaded['best'] == 0.5
+    allowed = {
+        item[1] if isinstance(item, tuple) else f'{item.__module__}.'
+        for item in torch.serialization.get_safe_globals()
+    }
+    assert f'numpy.{numpy_core.decode()}.multiarray.scalar' in allowed
+
+
+def test_timm_layout_is_told_from_the_original(imagenet, tmp_path):
+    state_dict = imagenet('t0')
+    assert fasternet_from_timm(state_dict) is state_dict
+    torch.save(fasternet_to_timm(state_dict), tmp_path / 'a.pth')
+    assert 'classifier.bias' in read_state_dict(tmp_path / 'a.pth')
