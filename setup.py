@@ -52,7 +52,12 @@ setup(
             'pycocotools',
             'setuptools<82',  # mmengine imports pkg_resources
         ],
-        'tests': ['pytest', 'ruff'],
+        'tests': [
+            'pytest',
+            'ruff',
+            # what openmim imports of its requirements
+            *('colorama', 'model-index', 'pandas', 'requests', 'tabulate'),
+        ],
     },
     cmdclass=dict(build_py=build_py_with_mim),
 )

@@ -18,7 +18,7 @@ from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer, MMLogger
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 StateDict = Dict[str, Tensor]
@@ -287,24 +287,6 @@ def load_exactly(
         f'Loaded {len(own.keys() & state_dict.keys())} of {len(own)} entries '
         f'of {type(module).__name__} from {source}'
     )
-
-
-def save_state_dict(state_dict: StateDict, filename: str) -> None:
-    """Write a state dict, as its ending says: ``.pth`` or ``.safetensors``.
-
-    Args:
-        state_dict (dict[str, Tensor]): Tensors by name.
-        filename (str): Local path; its folder exists.
-
-    Raises:
-        ValueError: If the ending is another one.
-    """
-    if filename.endswith('.safetensors'):
-        save_file({k: v.contiguous() for k, v in state_dict.items()}, filename)
-    elif filename.endswith('.pth'):
-        torch.save(state_dict, filename)
-    else:
-        raise ValueError(f'{filename} ends in neither .pth nor .safetensors')
 
 
 def fasternet_from_timm(state_dict: StateDict) -> StateDict:

@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -6,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-DATA = Path(__file__).parent / 'data'
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / 'tests' / 'data'
 sys.path.insert(0, str(DATA))
 
 from fill import fill_array  # noqa: E402
@@ -57,3 +61,50 @@ def randomise():
         return module
 
     return fill
+
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    """A folder with our wheel installed, as outside the repository."""
+    source = tmp_path_factory.mktemp('source') / 'fasternet_det'
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns('.*', 'build', 'data', 'work_dirs'),
+    )
+    pip = [sys.executable, '-m', 'pip', '-q', '--no-input']
+    options = ['--no-deps', '--no-build-isolation']
+    wheels = tmp_path_factory.mktemp('wheels')
+    subprocess.run([*pip, 'wheel', *options, '-w', wheels, source], check=True)
+    (wheel,) = wheels.iterdir()
+    target = tmp_path_factory.mktemp('site')
+    subprocess.run(
+        [*pip, 'install', *options, '--target', target, wheel], check=True
+    )
+    return target
+
+
+@pytest.fixture(scope='session')
+def project(site, tmp_path_factory):
+    """Run Python in a user's folder, with our wheel installed."""
+    folder = tmp_path_factory.mktemp('project')
+    environment = dict(os.environ, PYTHONPATH=str(site))
+
+    def run(*args):
+        done = subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+        return done.stdout
+
+    run.folder = folder
+    run.configs = site / 'fasternet_det' / '.mim' / 'configs'
+    where = run('-c', 'import fasternet_det; print(fasternet_det.__file__)')
+    assert where.strip() == str(site / 'fasternet_det' / '__init__.py')
+    run('-m', 'fasternet_det.datasets.nuclei', 'data/nuclei')
+    return run

@@ -245,7 +245,7 @@ def spoilt(key, value):
     [
         (
             lambda sd: [sd.pop(k) for k in list(sd) if 'stages.6.' in k],
-            r'missing: stages.6.blocks.0.mlp.0.weight.*\(14 in all\)',
+            r'missing: stages.6.blocks.0.mlp.0.weight.*\(16 in all\)',
         ),
         (
             lambda sd: [

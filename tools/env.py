@@ -132,6 +132,8 @@ def install() -> None:
         build_mmcv('--no-cache-dir', '--force-reinstall', '--no-deps')
     say('Installing mmdet and fasternet_det (1 minute)')
     pip('--no-build-isolation', '-e', '.[mmdet,tests]')
+    # By its own requirements, openmim would bring setuptools 60.
+    pip('--no-deps', 'openmim')
     say('Proving it: mmcv.ops.nms, and a Mask R-CNN with FasterNet-T0')
     if not (runs(PROOF) and runs(DETECTOR)):
         sys.exit('The environment is complete, but does not work; see above.')

@@ -1,10 +1,8 @@
 # Mask R-CNN with FasterNet-T0, from scratch, for two CPU cores.
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', './nuclei.py']
-custom_imports = dict(imports=['fasternet_det'], allow_failed_imports=False)
-
 norm_cfg = dict(type='BN')
 model = dict(
-    data_preprocessor=dict(mean=[33.0] * 3, std=[24.0] * 3),
+    data_preprocessor=_base_.normalize,
     backbone=dict(_delete_=True, type='FasterNet', arch='t0'),
     neck=dict(
         in_channels=[40, 80, 160, 320],

@@ -4,13 +4,21 @@ _base_ = [
     'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['fasternet_det'], allow_failed_imports=False)
+
 data_root = 'data/nuclei/'
+normalize = dict(mean=[33.0] * 3, std=[24.0] * 3)  # of the training tiles
 metainfo = dict(classes=('nucleus',), palette=[(220, 20, 60)])
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='Resize', scale=(256, 256), keep_ratio=True),
+    dict(
+        type='RandomResize',
+        scale=(256, 256),
+        ratio_range=(0.75, 1.25),
+        keep_ratio=True,
+    ),
     dict(
         type='RandomFlip',
         prob=[0.25, 0.25, 0.25],
@@ -80,7 +88,7 @@ param_scheduler = [
     ),
 ]
 default_hooks = dict(
-    logger=dict(interval=10),
+    logger=dict(interval=10, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=40, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False, window_size=10)

@@ -1,10 +1,8 @@
 # RetinaNet with FasterNet-T0, from scratch, for two CPU cores.
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', './nuclei.py']
-custom_imports = dict(imports=['fasternet_det'], allow_failed_imports=False)
-
 norm_cfg = dict(type='BN')
 model = dict(
-    data_preprocessor=dict(mean=[33.0] * 3, std=[24.0] * 3),
+    data_preprocessor=_base_.normalize,
     backbone=dict(_delete_=True, type='FasterNet', arch='t0'),
     neck=dict(
         in_channels=[40, 80, 160, 320],
@@ -19,6 +17,8 @@ model = dict(
         stacked_convs=2,
         norm_cfg=norm_cfg,
         anchor_generator=dict(strides=[8, 16, 32]),
+        reg_decoded_bbox=True,
+        loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
     ),
 )
 val_evaluator = dict(metric='bbox')

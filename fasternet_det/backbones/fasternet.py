@@ -1,7 +1,7 @@
 """The FasterNet backbone."""
 
 from contextlib import contextmanager, nullcontext
-from typing import Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -457,31 +457,35 @@ class FasterNet(BaseModule):
                 key for key in self.state_dict() if key.startswith('norm')
             },
             spare=self.classifier_keys if self.fork_feat else set(),
-            source=f'{checkpoint} ({self._describe(state_dict)})',
+            source=f'{checkpoint} '
+            f'({self.describe(state_dict) or "not a FasterNet"})',
         )
         self._is_init = True
 
     @classmethod
-    def _describe(cls, state_dict: dict) -> str:
-        """Name the arch that a state dict holds, for messages."""
+    def describe(cls, state_dict: Dict[str, Tensor]) -> Optional[str]:
+        """Say which FasterNet a state dict in the original's layout holds.
+
+        Args:
+            state_dict (dict[str, Tensor]): Tensors by name.
+
+        Returns:
+            str | None: Arch and input channels; None for another model.
+        """
         stem = state_dict.get('patch_embed.proj.weight')
         if stem is None:
-            return 'not a FasterNet'
-        blocks = {
-            tuple(key.split('.')[1:4:2])
-            for key in state_dict
-            if '.blocks.' in key
-        }
+            return None
+        embed_dim, in_channels = stem.shape[:2]
+        blocks = {k.split('.mlp.')[0] for k in state_dict if '.mlp.' in k}
         depths = tuple(
-            sum(stage == str(i) for stage, _ in blocks) for i in (0, 2, 4, 6)
+            sum(block.startswith(f'stages.{i}.') for block in blocks)
+            for i in (0, 2, 4, 6)
         )
-        for name, arch in cls.arch_settings.items():
-            if arch[:2] == (stem.shape[0], depths):
-                return f'arch {name!r}, {stem.shape[1]} input channels'
-        return (
-            f'embed_dim {stem.shape[0]}, depths {depths}, '
-            f'{stem.shape[1]} input channels'
-        )
+        arch = f'embed_dim {embed_dim}, depths {depths}'
+        for name, settings in cls.arch_settings.items():
+            if settings[:2] == (embed_dim, depths):
+                arch = f'arch {name!r}'
+        return f'{arch}, {in_channels} input channels'
 
     def forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
         """Compute the feature maps, or the logits of the classifier.

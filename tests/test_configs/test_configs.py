@@ -1,0 +1,96 @@
+"""Every config builds, fits its neck and holds the recipe it claims."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+COCO = sorted(CONFIGS.glob('fasternet/*_coco.py'))
+MINI = sorted(CONFIGS.glob('mini/*_fpn_*.py'))
+DROP_PATH = dict(t0=0.0, t1=0.02, t2=0.05, s=0.15, m=0.2, l=0.3)
+# ImageNet files as their authors' release names them
+FILES = dict(
+    t0='fasternet_t0-epoch.281-val_acc1.71.9180.pth',
+    t1='fasternet_t1-epoch.291-val_acc1.76.2180.pth',
+    t2='fasternet_t2-epoch.289-val_acc1.78.8860.pth',
+    s='fasternet_s-epoch.299-val_acc1.81.2840.pth',
+    m='fasternet_m-epoch.291-val_acc1.82.9620.pth',
+    l='fasternet_l-epoch.299-val_acc1.83.5060.pth',
+)
+
+
+def arch_of(path):
+    return path.stem.split('fasternet-')[1].split('_')[0]
+
+
+def test_there_are_all():
+    assert {p.stem for p in COCO} == {
+        f'{detector}_fasternet-{arch}_fpn_1x_coco'
+        for detector in ('mask-rcnn', 'retinanet')
+        for arch in FILES
+    }
+
+
+@pytest.mark.parametrize('path', COCO + MINI, ids=lambda p: p.stem)
+def test_builds_and_its_neck_fits(path):
+    register_all_modules()
+    cfg = Config.fromfile(path)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+        maps = model.backbone(torch.empty(1, 3, 96, 64))
+        model.neck(maps)
+    assert type(model.backbone).__name__ == 'FasterNet'
+    assert model.backbone.out_channels == cfg.model.neck.in_channels
+    assert [m.shape[1] for m in maps] == model.backbone.out_channels
+
+
+@pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
+def test_recipe(path, monkeypatch):
+    monkeypatch.delenv('FASTERNET_IMAGENET', raising=False)
+    cfg, arch = Config.fromfile(path), arch_of(path)
+    backbone = cfg.model.backbone
+    assert backbone.arch == arch
+    assert backbone.get('drop_path_rate', 0.0) == DROP_PATH[arch]
+    assert backbone.init_cfg.checkpoint == (
+        'https://github.com/JierunChen/FasterNet/releases/download/v1.0/'
+        + FILES[arch]
+    )
+    assert backbone.keys() <= {'type', 'arch', 'drop_path_rate', 'init_cfg'}
+
+    lr = 2e-4 if 'mask' in path.stem and arch not in 'ml' else 1e-4
+    assert cfg.optim_wrapper == dict(
+        _scope_='mmdet',
+        type='OptimWrapper',
+        optimizer=dict(type='AdamW', lr=lr, weight_decay=1e-4),
+    )
+    warm_up, steps = cfg.param_scheduler
+    assert (warm_up.start_factor, warm_up.end) == (0.001, 500)
+    assert (steps.milestones, steps.end) == ([8, 11], 12)
+    assert cfg.train_cfg.max_epochs == 12
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.auto_scale_lr.base_batch_size == 16
+
+    preprocessor = cfg.model.data_preprocessor
+    assert preprocessor.mean == [123.675, 116.28, 103.53]
+    assert preprocessor.std == [58.395, 57.12, 57.375]
+    assert preprocessor.bgr_to_rgb and preprocessor.pad_size_divisor == 32
+    pipeline = {t.type: t for t in cfg.train_pipeline}
+    assert pipeline['Resize'].scale == (1333, 800)
+    assert pipeline['RandomFlip'].prob == 0.5
+
+
+def test_nothing_is_frozen_and_all_is_optimised():
+    cfg = Config.fromfile(CONFIGS / COCO[2].relative_to(CONFIGS))
+    model = MODELS.build(cfg.model).train()
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    optimised = {
+        id(p) for g in wrapper.optimizer.param_groups for p in g['params']
+    }
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad and id(parameter) in optimised, name
+    assert all(m.training for m in model.backbone.modules())

@@ -1,0 +1,56 @@
+"""A user's own project: the README's config, trained and evaluated."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.utils import get_installed_path
+
+MMDET_TOOLS = Path(get_installed_path('mmdet'), '.mim', 'tools')
+README = Path(__file__).parents[1] / 'README.md'
+
+
+@pytest.fixture(scope='session')
+def config(project):
+    """Write the README's config into the user's folder."""
+    (code,) = re.findall(
+        r'```python\n(# my_config.py\n.*?)```', README.read_text(), re.S
+    )
+    path = project.folder / 'my_config.py'
+    path.write_text(code)
+    return path
+
+
+def test_trains_and_evaluates_an_epoch(
+    config, project, golden, filled, tmp_path
+):
+    shapes = {
+        k: v
+        for k, v in golden['s']['backbone_state_dict'].items()
+        if not k.startswith('norm')
+    }
+    imagenet = filled(shapes | golden['s']['classifier_only_keys'])
+    torch.save(imagenet, tmp_path / 'fasternet_s.pth')
+    # Smaller images and one epoch, for CPUs; the checkpoint, as made here.
+    said = project(
+        *(MMDET_TOOLS / 'train.py', config, '--work-dir', tmp_path / 'run'),
+        *('--cfg-options', 'train_cfg.max_epochs=1'),
+        f'model.backbone.init_cfg.checkpoint={tmp_path}/fasternet_s.pth',
+        'train_dataloader.dataset.pipeline.2.scale=(256,256)',
+        'val_dataloader.dataset.pipeline.1.scale=(256,256)',
+    )
+    assert 'Loaded 168 of 188 entries of FasterNet' in said
+    saved = torch.load(tmp_path / 'run' / 'epoch_1.pth')
+    assert saved['meta']['dataset_meta']['classes'] == ('nucleus',)
+    weights = saved['state_dict']
+    assert weights['bbox_head.retina_cls.weight'].shape[0] == 9  # one class
+    key = 'backbone.stages.4.blocks.12.mlp.0.weight'
+    drift = weights[key] - imagenet[key.removeprefix('backbone.')]
+    assert 0 < drift.abs().mean() < 0.1 * weights[key].abs().mean()
+
+    path = max((tmp_path / 'run').glob('*/vis_data/scalars.json'))
+    *steps, evaluated = map(json.loads, path.read_text().splitlines())
+    assert all(step['loss'] > 0 for step in steps)
+    assert 0 <= evaluated['coco/bbox_mAP'] <= 1

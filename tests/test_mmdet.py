@@ -1,0 +1,118 @@
+"""mmdet's own tools and APIs with our configs, on today's torch.
+
+A shortened RetinaNet run on real images, in a user's folder outside the
+repository, with the wheel installed as users install it.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+from mmengine.config import Config
+from mmengine.utils import get_installed_path
+from modelindex.load_model_index import load
+
+from fasternet_det.checkpoint import read_checkpoint
+
+MMDET_TOOLS = Path(get_installed_path('mmdet'), '.mim', 'tools')
+
+
+@pytest.fixture(scope='session')
+def config(project):
+    return project.configs / 'mini' / 'retinanet_fasternet-t0_fpn_nuclei.py'
+
+
+@pytest.fixture(scope='session')
+def trained(project, config):
+    """Train with mmdet's train.py; return the work directory."""
+    project(
+        *(MMDET_TOOLS / 'train.py', config, '--cfg-options'),
+        *('train_cfg.max_iters=60', 'train_cfg.val_interval=60'),
+        'param_scheduler.1.end=60',
+    )
+    return project.folder / 'work_dirs' / config.stem
+
+
+@pytest.fixture(scope='session')
+def history(trained):
+    """What the run logged."""
+    path = max(trained.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_learns(history):
+    losses = [entry['loss'] for entry in history if 'loss' in entry]
+    assert len(losses) >= 6 and losses[-1] < 0.7 * losses[0]
+    assert history[-1]['step'] == 60
+    assert history[-1]['coco/bbox_mAP'] > 0.15
+
+
+def test_test_scores_as_train_did(trained, history, project, config):
+    project(
+        *(MMDET_TOOLS / 'test.py', config, trained / 'iter_60.pth'),
+        *('--work-dir', 'tested'),
+    )
+    path = max((project.folder / 'tested').glob('2*/2*.json'))
+    tested = json.loads(path.read_text())
+    for key in ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/bbox_mAP_75'):
+        assert tested[key] == history[-1][key]
+
+
+def test_resume(trained, project, config):
+    work_dir = trained.parent / 'resumed'
+    shutil.copytree(trained, work_dir)
+    project(
+        *(MMDET_TOOLS / 'train.py', config, '--resume'),
+        *('--work-dir', work_dir, '--cfg-options', 'train_cfg.max_iters=63'),
+        'default_hooks.logger.interval=1',
+    )
+    log = max(work_dir.glob('2*/*.log')).read_text()
+    iterations = re.findall(r'Iter\(train\) \[ *(\d+)/63\]', log)
+    assert iterations == ['61', '62', '63']
+    steps = {
+        state['step'].item()
+        for state in read_checkpoint(work_dir / 'iter_63.pth')['optimizer'][
+            'state'
+        ].values()
+    }
+    assert steps == {63}  # AdamW went on where it was
+
+
+def test_inference(trained, project, config):
+    checkpoint = str(trained / 'iter_60.pth')
+    image = str(project.folder / 'data' / 'nuclei' / 'val' / 'x384_y256.png')
+    model = init_detector(str(config), checkpoint, device='cpu')
+    found = inference_detector(model, image).pred_instances
+    assert found.scores.max() > 0.2
+    inferencer = DetInferencer(str(config), checkpoint, device='cpu')
+    again = inferencer(image, no_save_vis=True)['predictions'][0]
+    np.testing.assert_allclose(again['bboxes'], found.bboxes, atol=1e-3)
+    np.testing.assert_allclose(again['scores'], found.scores, atol=1e-5)
+
+
+def test_importing_us_is_what_makes_checkpoints_load(trained, project):
+    load_it = f'torch.load({str(trained / "iter_60.pth")!r})'
+    with pytest.raises(AssertionError, match='Weights only load failed'):
+        project('-c', f'import torch; {load_it}')
+    project('-c', f'import torch, fasternet_det; {load_it}')
+
+
+def test_mim_train(project, config, tmp_path):
+    said = project(
+        *('-m', 'mim', 'train', 'mmdet', config, '--gpus', '0'),
+        *('--work-dir', tmp_path, '--cfg-options', 'train_cfg.max_iters=1'),
+    )
+    assert 'Training finished successfully' in said
+    assert (tmp_path / 'iter_1.pth').exists()
+
+
+def test_mim_reads_the_model_index():
+    index = load(str(Path(__file__).parents[1] / 'model-index.yml'))
+    index.build_models_with_collections()
+    assert len(index.models) == 12
+    for model in index.models:
+        assert Config.fromfile(model.config).model.backbone.type == 'FasterNet'
