@@ -12,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import List
+from typing import Dict, List
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / '.venv'
@@ -140,16 +140,20 @@ def install() -> None:
     INCOMPLETE.unlink()
 
 
+def wanted() -> Dict[str, str]:
+    """What an environment is made from."""
+    files = ('constraints.txt', 'setup.py', 'pyproject.toml')
+    return {name: (ROOT / name).read_text() for name in files} | {
+        'root': str(ROOT)
+    }
+
+
 def main() -> None:
-    made_from = {
-        name: (ROOT / name).read_text()
-        for name in ('constraints.txt', 'setup.py', 'pyproject.toml')
-    } | {'root': str(ROOT)}
-    if READY.exists() and json.loads(READY.read_text()) == made_from:
+    if READY.exists() and json.loads(READY.read_text()) == wanted():
         return
     check_machine()
     install()
-    READY.write_text(json.dumps(made_from))
+    READY.write_text(json.dumps(wanted()))
     say('.venv is ready')
 
 

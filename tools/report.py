@@ -102,7 +102,10 @@ def main() -> None:
 
     run = newest(args.work_dir, '*/vis_data/scalars.json')
     scalars = [json.loads(line) for line in run.read_text().splitlines()]
-    trained = [s for s in scalars if METRICS['box'] in s][-1]
+    evaluations = [s for s in scalars if METRICS['box'] in s]
+    if not evaluations:
+        sys.exit(f'{run} holds no AP: the model finds nothing yet.')
+    trained = evaluations[-1]
     tested = json.loads(newest(args.test_dir, '2*/2*.json').read_text())
     plot_curves(scalars, args.work_dir / 'curves.png')
     checkpoint = find_latest_checkpoint(args.work_dir)
