@@ -13,16 +13,16 @@ help:
 	@echo 'make env    just set up .venv'
 
 env:
-	@$(PYTHON) tools/env.py
+	@"$(PYTHON)" .ci/env.py
 
 demo: env
 	@echo '==> Training on real images, from scratch: 3 to 6 minutes on two cores'
 	$(BIN)/python -m fasternet_det.datasets.nuclei data/nuclei
-	$(BIN)/python tools/train.py $(CONFIG) --work-dir $(WORK_DIR) $(OPTIONS)
+	$(BIN)/python tools/train.py $(CONFIG) --work-dir "$(WORK_DIR)" $(OPTIONS)
 	@echo '==> Testing the saved checkpoint'
-	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --work-dir $(WORK_DIR)/test
+	$(BIN)/python tools/test.py $(CONFIG) "$$(cat "$(WORK_DIR)/last_checkpoint")" --work-dir "$(WORK_DIR)/test"
 	@echo '==> Drawing what it finds'
-	$(BIN)/python tools/report.py $(WORK_DIR) $(WORK_DIR)/test
+	$(BIN)/python tools/report.py "$(WORK_DIR)" "$(WORK_DIR)/test"
 
 lint: env
 	$(BIN)/ruff check .

@@ -37,9 +37,7 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE', 'fasternet_det/datasets/nuclei_data/LICENSE'],
     packages=find_packages(include=['fasternet_det*']),
-    package_data={
-        'fasternet_det.datasets': ['nuclei_data/*.png', 'nuclei_data/*E*']
-    },
+    package_data={'fasternet_det.datasets': ['nuclei_data/*']},
     python_requires='>=3.10',
     install_requires=['numpy', 'safetensors', 'torch>=2.1'],
     extras_require={

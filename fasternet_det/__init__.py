@@ -20,7 +20,7 @@ if _missing or importlib.util.find_spec('mmcv._ext') is None:
     )
 
 from .backbones import FasterNet  # noqa: E402
-from .checkpoint import allow_mmengine_checkpoints  # noqa: E402
+from .history import allow_mmengine_checkpoints  # noqa: E402
 
 allow_mmengine_checkpoints()
 

@@ -6,55 +6,21 @@ import pickle
 import re
 import zipfile
 from contextlib import contextmanager
-from typing import AbstractSet, Callable, Dict, Iterator, Optional
+from hashlib import sha256
+from typing import AbstractSet, Dict, Iterator, Optional
 from urllib.error import URLError
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-import numpy as np
 import torch
 import torch.nn as nn
 from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_file_backend
-from mmengine.logging import HistoryBuffer, MMLogger
-from safetensors import SafetensorError
+from mmengine.logging import MMLogger
 from safetensors.torch import load_file
 from torch import Tensor
 
 StateDict = Dict[str, Tensor]
-
-
-def _history_buffer_getattr(owner: type, name: str) -> Callable:
-    """What ``getattr`` does in mmengine's checkpoints, and nothing more.
-
-    They store the statistics of each HistoryBuffer as
-    ``getattr(HistoryBuffer, 'mean')``; the real ``getattr`` would hand any
-    attribute of anything, and with it any code, to a crafted file.
-    """
-    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
-        return getattr(owner, name)
-    raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is refused')
-
-
-def allow_mmengine_checkpoints() -> None:
-    """Let ``weights_only`` loading accept what mmengine's Runner saves.
-
-    torch >= 2.6 loads with ``weights_only=True`` by default and refuses the
-    training history in such files (mmengine issue 1655), which breaks
-    testing, resuming and inference. This names exactly the classes that the
-    history consists of, in the spelling of numpy 1 and 2.
-    """
-    rebuilders = (np.empty(0).__reduce__()[0], np.float64().__reduce__()[0])
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype]
-        + [type(np.dtype(name)) for name in ('float32', 'float64', 'int64')]
-        + [(_history_buffer_getattr, 'builtins.getattr')]
-        + [
-            (rebuild, f'numpy.{core}.multiarray.{rebuild.__name__}')
-            for core in ('core', '_core')
-            for rebuild in rebuilders
-        ]
-    )
 
 
 def _listed(keys: AbstractSet[str], most: int = 6) -> str:
@@ -68,33 +34,11 @@ def _local_file(filename: str) -> Iterator[str]:
     """Yield a local path to a file, fetched first where it is remote."""
     scheme = urlparse(filename).scheme if '://' in filename else ''
     if scheme in ('http', 'https'):
-        # torch.hub's own cache, which holds what users downloaded already.
-        path = osp.join(
-            torch.hub.get_dir(),
-            'checkpoints',
-            osp.basename(urlparse(filename).path),
-        )
-        if get_rank() == 0 and not osp.exists(path):
-            os.makedirs(osp.dirname(path), exist_ok=True)
-            MMLogger.get_current_instance().info(
-                f'Downloading {filename} to {path}'
-            )
-            try:
-                torch.hub.download_url_to_file(filename, path)
-            except URLError as error:
-                raise FileNotFoundError(
-                    f'{filename} cannot be downloaded ({error}): name another '
-                    'address or a local file'
-                ) from error
-        barrier()
-        try:
+        with _downloaded(filename) as path:
             yield path
-        except ValueError:  # what cannot be read is not kept
-            os.remove(path)
-            raise
     elif scheme == 'file':
         yield url2pathname(urlparse(filename).path)
-    else:
+    elif scheme:
         try:
             backend = get_file_backend(filename)
         except KeyError as error:
@@ -104,6 +48,49 @@ def _local_file(filename: str) -> Iterator[str]:
             ) from error
         with backend.get_local_path(filename) as path:
             yield path
+    else:
+        yield osp.expanduser(filename)
+
+
+@contextmanager
+def _downloaded(url: str) -> Iterator[str]:
+    """Yield a path to a download, kept where torch.hub keeps its own.
+
+    The first process downloads for all that share its disk.
+    """
+    # By the whole address: many a file is called model.safetensors.
+    digest = sha256(url.encode()).hexdigest()[:8]
+    name = f'{digest}-{osp.basename(urlparse(url).path)}'
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
+    fresh = False
+    try:
+        if get_rank() == 0:
+            fresh = _download(url, path)
+    finally:
+        barrier()
+    fresh = fresh or _download(url, path)
+    try:
+        yield path
+    except ValueError:  # what cannot be read is not kept
+        if fresh and osp.exists(path):
+            os.remove(path)
+        raise
+
+
+def _download(url: str, path: str) -> bool:
+    """Download a file that is not there; say whether it was not."""
+    if osp.exists(path):
+        return False
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    MMLogger.get_current_instance().info(f'Downloading {url} to {path}')
+    try:
+        torch.hub.download_url_to_file(url, path)
+    except URLError as error:
+        raise FileNotFoundError(
+            f'{url} cannot be downloaded ({error}): name another address or '
+            'a local file'
+        ) from error
+    return True
 
 
 def read_checkpoint(filename: str) -> dict:
@@ -134,14 +121,14 @@ def read_checkpoint(filename: str) -> dict:
                 'file that the page is about'
             )
         try:
-            if filename.endswith('.safetensors'):
+            if head[8:9] == b'{':
                 checkpoint = load_file(path)
             elif zipfile.is_zipfile(path) or head[:1] == pickle.PROTO:
                 checkpoint = torch.load(
                     path, map_location='cpu', weights_only=True
                 )
             else:
-                raise EOFError('neither a zip archive nor a pickle')
+                raise EOFError('neither safetensors nor of torch.save')
         except pickle.UnpicklingError as error:
             code = re.search(r'GLOBAL (\S+)', str(error))
             raise ValueError(
@@ -150,11 +137,10 @@ def read_checkpoint(filename: str) -> dict:
                 'reading it could execute code. Where you trust it, save its '
                 'state dict alone, or as .safetensors'
             ) from error
-        except (SafetensorError, RuntimeError, EOFError) as error:
+        except Exception as error:  # a broken file breaks torch in many ways
             raise ValueError(
                 f'{filename} is no readable checkpoint: it may be cut short, '
-                'so fetch it again. The reader says: '
-                f'{str(error).splitlines()[0]}'
+                f'so fetch it again. The reader says: {error!r:.200}'
             ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(

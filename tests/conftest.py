@@ -1,8 +1,11 @@
+import functools
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +111,24 @@ def project(site, tmp_path_factory):
     assert where.strip() == str(site / 'fasternet_det' / '__init__.py')
     run('-m', 'fasternet_det.datasets.nuclei', 'data/nuclei')
     return run
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve ``tmp_path/www`` over http; count the requests."""
+    (tmp_path / 'www').mkdir()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            requests.append(self.path)
+
+    httpd = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0),
+        functools.partial(Handler, directory=tmp_path / 'www'),
+    )
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}', requests
+    httpd.shutdown()
+    httpd.server_close()

@@ -1,10 +1,7 @@
 """Every source of weights, loaded through a real config's ``init_cfg``."""
 
-import functools
-import http.server
 import os
 import pickle
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -165,27 +162,6 @@ def test_one_variable_redirects_the_imagenet_files(
     model = MODELS.build(Config.fromfile(path).model.backbone)
     model.init_weights()
     check(model, imagenet('t0'))
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serve ``tmp_path/www`` over http; count the requests."""
-    (tmp_path / 'www').mkdir()
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    requests = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            requests.append(self.path)
-
-    httpd = http.server.ThreadingHTTPServer(
-        ('127.0.0.1', 0),
-        functools.partial(Handler, directory=tmp_path / 'www'),
-    )
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{httpd.server_port}', requests
-    httpd.shutdown()
-    httpd.server_close()
 
 
 def test_http(server, imagenet, tmp_path):
