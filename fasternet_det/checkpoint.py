@@ -270,8 +270,8 @@ def load_exactly(
         {k: v for k, v in state_dict.items() if k in own}, strict=not optional
     )
     MMLogger.get_current_instance().info(
-        f'Loaded {len(own.keys() & state_dict.keys())} of {len(own)} entries '
-        f'of {type(module).__name__} from {source}'
+        f'{len(own.keys() & state_dict.keys())} of {len(own)} entries of '
+        f'{type(module).__name__} come from {source}'
     )
 
 

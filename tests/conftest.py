@@ -11,14 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fill import fill_array
+
+import fasternet_det  # noqa: F401, registers the backbone
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / 'tests' / 'data'
-sys.path.insert(0, str(DATA))
-
-from fill import fill_array  # noqa: E402
-
-import fasternet_det  # noqa: E402, F401
 
 
 @pytest.fixture(scope='session')
@@ -37,30 +35,37 @@ def timm_keys():
 def filled():
     """Make the reference weights of given names and shapes."""
 
-    def fill(shapes, names=lambda name: name):
+    def fill(shapes):
         return {
-            name: torch.from_numpy(
-                np.asarray(fill_array(names(name), tuple(shape)))
-            )
+            name: torch.from_numpy(np.asarray(fill_array(name, tuple(shape))))
             for name, shape in shapes.items()
         }
 
     return fill
 
 
+@pytest.fixture(scope='session')
+def imagenet(golden, filled):
+    """Make an original ImageNet state dict: classifier, no output norms."""
+
+    def make(arch):
+        shapes = {
+            k: v
+            for k, v in golden[arch]['backbone_state_dict'].items()
+            if not k.startswith('norm')
+        }
+        return filled(shapes | golden[arch]['classifier_only_keys'])
+
+    return make
+
+
 @pytest.fixture
-def randomise():
+def randomise(filled):
     """Randomise all parameters and BatchNorm statistics of a module."""
 
     def fill(module):
-        module.load_state_dict(
-            {
-                name: torch.from_numpy(
-                    np.asarray(fill_array(name, tuple(value.shape)))
-                )
-                for name, value in module.state_dict().items()
-            }
-        )
+        shapes = {k: v.shape for k, v in module.state_dict().items()}
+        module.load_state_dict(filled(shapes))
         return module
 
     return fill
@@ -68,18 +73,30 @@ def randomise():
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
-    """A folder with our wheel installed, as outside the repository."""
+    """A folder with our wheel installed, made by way of an sdist."""
     source = tmp_path_factory.mktemp('source') / 'fasternet_det'
     shutil.copytree(
         ROOT,
         source,
         ignore=shutil.ignore_patterns('.*', 'build', 'data', 'work_dirs'),
     )
+    wheels = tmp_path_factory.mktemp('wheels')
+    subprocess.run(
+        [
+            *(sys.executable, '-c'),
+            'import sys; from setuptools import build_meta;'
+            'build_meta.build_sdist(sys.argv[1])',
+            wheels,
+        ],
+        cwd=source,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    (sdist,) = wheels.iterdir()
     pip = [sys.executable, '-m', 'pip', '-q', '--no-input']
     options = ['--no-deps', '--no-build-isolation']
-    wheels = tmp_path_factory.mktemp('wheels')
-    subprocess.run([*pip, 'wheel', *options, '-w', wheels, source], check=True)
-    (wheel,) = wheels.iterdir()
+    subprocess.run([*pip, 'wheel', *options, '-w', wheels, sdist], check=True)
+    (wheel,) = wheels.glob('*.whl')
     target = tmp_path_factory.mktemp('site')
     subprocess.run(
         [*pip, 'install', *options, '--target', target, wheel], check=True

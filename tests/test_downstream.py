@@ -23,16 +23,9 @@ def config(project):
     return path
 
 
-def test_trains_and_evaluates_an_epoch(
-    config, project, golden, filled, tmp_path
-):
-    shapes = {
-        k: v
-        for k, v in golden['s']['backbone_state_dict'].items()
-        if not k.startswith('norm')
-    }
-    imagenet = filled(shapes | golden['s']['classifier_only_keys'])
-    torch.save(imagenet, tmp_path / 'fasternet_s.pth')
+def test_trains_and_evaluates_an_epoch(config, project, imagenet, tmp_path):
+    weights = imagenet('s')
+    torch.save(weights, tmp_path / 'fasternet_s.pth')
     # Smaller images and one epoch, for CPUs; the checkpoint, as made here.
     said = project(
         *(MMDET_TOOLS / 'train.py', config, '--work-dir', tmp_path / 'run'),
@@ -41,17 +34,19 @@ def test_trains_and_evaluates_an_epoch(
         'train_dataloader.dataset.pipeline.2.scale=(256,256)',
         'val_dataloader.dataset.pipeline.1.scale=(256,256)',
         'model.test_cfg.score_thr=0',  # after one epoch, all are low
+        *('optim_wrapper.optimizer.lr=1e-3', 'param_scheduler.0.end=5'),
+        'default_hooks.logger.interval=3',
     )
-    assert 'Loaded 168 of 188 entries of FasterNet' in said
+    assert '168 of 188 entries of FasterNet come from' in said
     saved = torch.load(tmp_path / 'run' / 'epoch_1.pth')
     assert saved['meta']['dataset_meta']['classes'] == ('nucleus',)
-    weights = saved['state_dict']
-    assert weights['bbox_head.retina_cls.weight'].shape[0] == 9  # one class
-    key = 'backbone.stages.4.blocks.12.mlp.0.weight'
-    drift = weights[key] - imagenet[key.removeprefix('backbone.')]
-    assert 0 < drift.abs().mean() < 0.1 * weights[key].abs().mean()
+    trained = saved['state_dict']
+    assert trained['bbox_head.retina_cls.weight'].shape[0] == 9  # one class
+    key = 'stages.4.blocks.12.mlp.0.weight'
+    drift = trained[f'backbone.{key}'] - weights[key]
+    assert 0 < drift.abs().mean() < 0.5 * weights[key].abs().mean()
 
     path = max((tmp_path / 'run').glob('*/vis_data/scalars.json'))
     *steps, evaluated = map(json.loads, path.read_text().splitlines())
-    assert all(step['loss'] > 0 for step in steps)
+    assert steps[-1]['loss'] < 0.9 * steps[0]['loss']
     assert 0 <= evaluated['coco/bbox_mAP'] <= 1

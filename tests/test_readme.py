@@ -53,7 +53,7 @@ def test_every_command_is_run_somewhere():
 def test_demo(tmp_path):
     """``make demo``, shortened to 20 iterations."""
     said = sh(
-        f'make demo PYTHON={sys.executable} WORK_DIR={tmp_path} '
+        f'make demo WORK_DIR="{tmp_path}" '
         'OPTIONS="--cfg-options train_cfg.max_iters=20 '
         'param_scheduler.1.end=20"',
         cwd=ROOT,

@@ -53,11 +53,11 @@ def convert(
 
     read = read_state_dict(source)
     state_dict = fasternet_from_timm(read)
-    arch = FasterNet.describe(state_dict)
-    if arch is None:
-        raise ValueError(
-            f'{source} holds no FasterNet: expected patch_embed.proj.weight'
-        )
+    arch, in_channels = FasterNet.find_arch(state_dict)
+    if arch not in FasterNet.arch_settings:
+        raise ValueError(f'{source} holds no FasterNet of T0 to L: {arch}')
+    with torch.device('meta'):  # to account for every key, not to load
+        FasterNet(arch, in_channels).load_pretrained(state_dict, source)
     if not classifier:
         state_dict = {
             key: value

@@ -69,7 +69,7 @@ class PartialConv(nn.Module):
 
 
 class FasterNetBlock(BaseModule):
-    """A PConv and two 1x1 convolutions inside a residual. Paper, Sec. 3.3.
+    """A PConv and two 1x1 convolutions inside a residual. Paper, Fig. 4.
 
     Args:
         dim (int): Number of channels C.
@@ -131,7 +131,7 @@ class FasterNetBlock(BaseModule):
 
 
 class PatchEmbed(nn.Module):
-    """Stem: a 4x4 convolution of stride 4, then a norm. Paper, Sec. 3.4.
+    """Stem: a 4x4 convolution of stride 4, then a norm. Paper, Fig. 4.
 
     Args:
         in_channels (int): Channels of the image.
@@ -156,7 +156,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Merging layer: a 2x2 convolution of stride 2, then a norm.
+    """Merging: a 2x2 convolution of stride 2, then a norm. Paper, Fig. 4.
 
     Args:
         dim (int): Input channels C.
@@ -439,53 +439,70 @@ class FasterNet(BaseModule):
         ):
             super().init_weights()
             return
-        if len(cfgs) > 1 or not {'checkpoint'} <= cfgs[0].keys() - {
-            'type'
-        } <= {'checkpoint', 'prefix'}:
+        if len(cfgs) > 1 or cfgs[0].keys() - {'prefix'} != {
+            'type',
+            'checkpoint',
+        }:
             raise ValueError(
                 f'init_cfg={self.init_cfg!r}: expected a Pretrained init_cfg '
                 'to stand alone, with `checkpoint` and, optionally, `prefix`'
             )
         checkpoint = cfgs[0]['checkpoint']
-        state_dict = fasternet_from_timm(
-            read_state_dict(checkpoint, cfgs[0].get('prefix'))
-        )
-        load_exactly(
-            self,
-            state_dict,
-            optional={
-                key for key in self.state_dict() if key.startswith('norm')
-            },
-            spare=self.classifier_keys if self.fork_feat else set(),
-            source=f'{checkpoint} '
-            f'({self.describe(state_dict) or "not a FasterNet"})',
+        self.load_pretrained(
+            read_state_dict(checkpoint, cfgs[0].get('prefix')), checkpoint
         )
         self._is_init = True
 
-    @classmethod
-    def describe(cls, state_dict: Dict[str, Tensor]) -> Optional[str]:
-        """Say which FasterNet a state dict in the original's layout holds.
+    def load_pretrained(
+        self, state_dict: Dict[str, Tensor], source: str
+    ) -> None:
+        """Load a state dict of which every key is accounted for.
+
+        For a backbone, the output norms may be missing and the classifier
+        left over; nothing else.
 
         Args:
-            state_dict (dict[str, Tensor]): Tensors by name.
+            state_dict (dict[str, Tensor]): Tensors by the original's names or
+                by timm's.
+            source (str): Where it is from, for messages.
+
+        Raises:
+            ValueError: If it does not fit; the model is then untouched.
+        """
+        state_dict = fasternet_from_timm(state_dict)
+        arch, in_channels = self.find_arch(state_dict)
+        load_exactly(
+            self,
+            state_dict,
+            optional={k for k in self.state_dict() if k.startswith('norm')},
+            spare=self.classifier_keys if self.fork_feat else set(),
+            source=f'{source} ({arch}, {in_channels} input channels)',
+        )
+
+    @classmethod
+    def find_arch(cls, state_dict: Dict[str, Tensor]) -> Tuple[str, int]:
+        """Find out which FasterNet a state dict holds, by its stem and blocks.
+
+        Args:
+            state_dict (dict[str, Tensor]): Tensors by the original's names.
 
         Returns:
-            str | None: Arch and input channels; None for another model.
+            tuple[str, int]: A key of ``arch_settings``, or what describes
+            another model; and the number of input channels, 0 without a stem.
         """
         stem = state_dict.get('patch_embed.proj.weight')
-        if stem is None:
-            return None
+        if stem is None or stem.dim() != 4:
+            return 'not a FasterNet', 0
         embed_dim, in_channels = stem.shape[:2]
         blocks = {k.split('.mlp.')[0] for k in state_dict if '.mlp.' in k}
         depths = tuple(
             sum(block.startswith(f'stages.{i}.') for block in blocks)
             for i in (0, 2, 4, 6)
         )
-        arch = f'embed_dim {embed_dim}, depths {depths}'
-        for name, settings in cls.arch_settings.items():
+        for arch, settings in cls.arch_settings.items():
             if settings[:2] == (embed_dim, depths):
-                arch = f'arch {name!r}'
-        return f'{arch}, {in_channels} input channels'
+                return arch, in_channels
+        return f'embed_dim {embed_dim}, depths {depths}', in_channels
 
     def forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
         """Compute the feature maps, or the logits of the classifier.

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -101,7 +103,9 @@ def test_truth_scores_one(split):
 
 
 def test_mmdet_reads_it(root):
-    cfg = Config.fromfile('configs/mini/nuclei.py')
+    cfg = Config.fromfile(
+        Path(__file__).parents[2] / 'configs' / 'mini' / 'nuclei.py'
+    )
     for dataloader in (cfg.train_dataloader, cfg.val_dataloader):
         dataloader.dataset.data_root = str(root)
         dataset = DATASETS.build(dataloader.dataset)

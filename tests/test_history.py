@@ -1,0 +1,122 @@
+"""What mmengine saves loads; what a crafted file adds to it does not."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+
+
+class Call:
+    """Pickles to a call, and to a state set on its result."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = function, args, state
+
+    def __reduce__(self):
+        return self.reduced[: 2 if self.reduced[2] is None else 3]
+
+
+def load(path, content):
+    torch.save(content, path)
+    return torch.load(path, weights_only=True)
+
+
+def refused(path, content):
+    with pytest.raises(pickle.UnpicklingError):
+        load(path, content)
+    assert torch.load(path, weights_only=False)  # the file itself is sound
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'a.pth'
+
+
+RECONSTRUCT, SCALAR = np.empty(0).__reduce__()[0], np.float64().__reduce__()[0]
+HISTORY = HistoryBuffer([0.5, 1.5], [1, 3], max_length=7)
+
+
+def test_history(path):
+    content = dict(
+        loss=HISTORY,
+        best=np.float64(0.25),
+        last=np.float32(-2),
+        step=np.int64(7),
+        array=np.arange(6.0).reshape(2, 3),
+    )
+    for _ in range(2):  # what was loaded can be saved and loaded again
+        content = load(path, content)
+        history = content['loss']
+        assert type(history) is HistoryBuffer
+        assert history.mean() == 0.5 and history.max() == 1.5
+        assert history.statistics('current') == 1.5
+        assert history.max_length == 7
+        for array, dtype in zip(history.data, ('f8', 'i8')):
+            assert type(array) is np.ndarray and array.dtype == dtype
+        assert (content['best'], content['last']) == (0.25, -2)
+        assert content['step'] == 7
+        assert np.array_equal(content['array'], np.arange(6).reshape(2, 3))
+    history.update(2.5)
+    assert history.current() == 2.5
+
+
+@pytest.mark.parametrize('core', ['core', '_core'])
+def test_spelling_of_either_numpy(core, path):
+    torch.save(
+        dict(loss=HISTORY, best=np.float64(0.25)),
+        path,
+        _use_new_zipfile_serialization=False,
+    )
+    here = RECONSTRUCT.__module__.encode()
+    assert here + b'\n' in path.read_bytes()
+    other = f'numpy.{core}.multiarray\n'.encode()
+    path.write_bytes(path.read_bytes().replace(here + b'\n', other))
+    loaded = torch.load(path, weights_only=True)
+    assert loaded['loss'].mean() == 0.5 and loaded['best'] == 0.25
+
+
+@pytest.mark.parametrize(
+    'owner, name',
+    [(HistoryBuffer, '__init__'), (HistoryBuffer, 'mro'), (dict, 'fromkeys')],
+)
+def test_getattr_stays_closed(owner, name, path):
+    refused(path, dict(a=Call(getattr, owner, name)))
+    fine = load(path, dict(a=Call(getattr, HistoryBuffer, 'mean')))
+    assert fine['a'] is HistoryBuffer.mean
+
+
+FORGED = (3, '<', None, ('a',), {'a': (np.dtype('O'), 0)}, 8, 8, 0)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        # a float whose state makes it a record that holds pointers
+        Call(np.dtype, 'f8', False, True, state=FORGED),
+        Call(np.dtype, 'O', False, True),
+        Call(np.dtype, 'V8', False, True),
+        np.array([None]),
+        np.array(['a']),
+        np.array([(1, 2.0)], dtype='i8,f8'),
+        Call(RECONSTRUCT, np.matrix, (0,), b'b'),
+        np.str_('a'),
+    ],
+    ids=lambda content: repr(content)[:30],
+)
+def test_only_plain_numbers(content, path):
+    torch.save(dict(a=content), path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_a_history_cannot_change_the_class(path):
+    state = HISTORY.__getstate__()
+    state['statistics_methods'] = dict(mean='not a method', fake='neither')
+    state['update'] = 'not a method'
+    forged = Call(HistoryBuffer, state=state)
+    history = load(path, dict(a=forged))['a']
+    assert history.mean() == 0.5
+    history.update(1)
+    assert 'fake' not in HistoryBuffer._statistics_methods
