@@ -117,6 +117,9 @@ def test_detector(era, prefix, golden, randomise, tmp_path):
     model = backbone_from(tmp_path / 'epoch_12.pth', prefix=prefix)
     check(model, detector.backbone.state_dict())
     assert torch.equal(model.norm6.weight, detector.backbone.norm6.weight)
+    fewer = backbone_from(tmp_path / 'epoch_12.pth', detector='retinanet')
+    assert not hasattr(fewer, 'norm0')
+    assert torch.equal(fewer.norm6.weight, detector.backbone.norm6.weight)
     assert model.norm6.running_var.std() > 0.1
 
 
@@ -129,7 +132,7 @@ def test_every_part_of_the_detector_gets_its_weights(imagenet, tmp_path):
     detector = MODELS.build(cfg.model)
     detector.init_weights()
     check(detector.backbone, state_dict)
-    assert (detector.backbone.norm0.weight == 1).all()
+    assert (detector.backbone.norm2.weight == 1).all()
     assert detector.bbox_head.retina_cls.bias.mean() < -4
 
 

@@ -37,7 +37,7 @@ def test_trains_and_evaluates_an_epoch(config, project, imagenet, tmp_path):
         *('optim_wrapper.optimizer.lr=1e-3', 'param_scheduler.0.end=5'),
         'default_hooks.logger.interval=3',
     )
-    assert '168 of 188 entries of FasterNet come from' in said
+    assert '168 of 183 entries of FasterNet come from' in said
     saved = torch.load(tmp_path / 'run' / 'epoch_1.pth')
     assert saved['meta']['dataset_meta']['classes'] == ('nucleus',)
     trained = saved['state_dict']

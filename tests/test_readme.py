@@ -104,7 +104,7 @@ import fasternet_det
 
 
 def test_table_of_channels():
-    row = re.search(r'`in_channels` of the neck \|(.*)\|', README)[1]
+    row = re.search(r'`in_channels` \|(.*)\|', README)[1]
     for arch, cell in zip(
         fasternet_det.FasterNet.arch_settings, row.split('|'), strict=True
     ):

@@ -5,5 +5,5 @@ model = dict(
         drop_path_rate=0.3,
         init_cfg=dict(checkpoint=_base_.imagenet.l),
     ),
-    neck=dict(in_channels=[192, 384, 768, 1536]),
+    neck=dict(in_channels=[384, 768, 1536]),
 )

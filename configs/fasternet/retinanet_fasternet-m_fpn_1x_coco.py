@@ -5,5 +5,5 @@ model = dict(
         drop_path_rate=0.2,
         init_cfg=dict(checkpoint=_base_.imagenet.m),
     ),
-    neck=dict(in_channels=[144, 288, 576, 1152]),
+    neck=dict(in_channels=[288, 576, 1152]),
 )

@@ -5,5 +5,5 @@ model = dict(
         drop_path_rate=0.15,
         init_cfg=dict(checkpoint=_base_.imagenet.s),
     ),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
+    neck=dict(in_channels=[256, 512, 1024]),
 )

@@ -13,9 +13,10 @@ model = dict(
         _delete_=True,
         type='FasterNet',
         arch='t0',
+        out_indices=(2, 4, 6),  # an output norm that no level reads breaks DDP
         init_cfg=dict(type='Pretrained', checkpoint=_base_.imagenet.t0),
     ),
-    neck=dict(in_channels=[40, 80, 160, 320]),
+    neck=dict(in_channels=[80, 160, 320], start_level=0),
 )
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4)

@@ -5,5 +5,5 @@ model = dict(
         drop_path_rate=0.02,
         init_cfg=dict(checkpoint=_base_.imagenet.t1),
     ),
-    neck=dict(in_channels=[64, 128, 256, 512]),
+    neck=dict(in_channels=[128, 256, 512]),
 )

@@ -5,5 +5,5 @@ model = dict(
         drop_path_rate=0.05,
         init_cfg=dict(checkpoint=_base_.imagenet.t2),
     ),
-    neck=dict(in_channels=[96, 192, 384, 768]),
+    neck=dict(in_channels=[192, 384, 768]),
 )

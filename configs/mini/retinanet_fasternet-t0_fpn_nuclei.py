@@ -3,9 +3,12 @@ _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', './nuclei.py']
 norm_cfg = dict(type='BN')
 model = dict(
     data_preprocessor=_base_.normalize,
-    backbone=dict(_delete_=True, type='FasterNet', arch='t0'),
+    backbone=dict(
+        _delete_=True, type='FasterNet', arch='t0', out_indices=(2, 4, 6)
+    ),
     neck=dict(
-        in_channels=[40, 80, 160, 320],
+        in_channels=[80, 160, 320],
+        start_level=0,
         out_channels=96,
         norm_cfg=norm_cfg,
         num_outs=3,

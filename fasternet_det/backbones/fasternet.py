@@ -1,5 +1,6 @@
 """The FasterNet backbone."""
 
+import re
 from contextlib import contextmanager, nullcontext
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -227,7 +228,8 @@ class FasterNet(BaseModule):
         out_indices (Sequence[int]): Positions in ``stages`` to output, a
             rising selection of 0, 2, 4, 6; the odd positions are merging
             layers. What lies behind the last one is not run and does not
-            require gradients. Defaults to (0, 2, 4, 6).
+            require gradients. Select no output that the neck does not read:
+            DDP would wait for its norm's gradients. Defaults to (0, 2, 4, 6).
         frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and
             stages 1 to k with their merging layers: parameters and BatchNorm
             statistics. The output norms, which no ImageNet file holds, stay
@@ -458,8 +460,8 @@ class FasterNet(BaseModule):
     ) -> None:
         """Load a state dict of which every key is accounted for.
 
-        For a backbone, the output norms may be missing and the classifier
-        left over; nothing else.
+        For a backbone, the output norms may be missing, and the classifier
+        and the norms of other outputs left over; nothing else.
 
         Args:
             state_dict (dict[str, Tensor]): Tensors by the original's names or
@@ -471,11 +473,13 @@ class FasterNet(BaseModule):
         """
         state_dict = fasternet_from_timm(state_dict)
         arch, in_channels = self.find_arch(state_dict)
+        norms = {k for k in self.state_dict() if k.startswith('norm')}
+        spare = {k for k in state_dict if re.match(r'norm[0246]\.', k)} - norms
         load_exactly(
             self,
             state_dict,
-            optional={k for k in self.state_dict() if k.startswith('norm')},
-            spare=self.classifier_keys if self.fork_feat else set(),
+            optional=norms,
+            spare=self.classifier_keys | spare if self.fork_feat else set(),
             source=f'{source} ({arch}, {in_channels} input channels)',
         )
 
