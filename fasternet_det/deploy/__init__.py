@@ -1,0 +1,3 @@
+from .fold import fold
+
+__all__ = ['fold']

@@ -1,0 +1,177 @@
+"""Exact folding of BatchNorms into the convolutions beside them."""
+
+import copy
+from typing import Callable, Dict, List, Tuple
+
+import torch
+import torch.nn as nn
+from mmcv.cnn import ConvModule
+from mmdet.models.necks import FPN
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..backbones import FasterNet
+from ..backbones.fasternet import FasterNetBlock, PatchEmbed, PatchMerging
+
+# Owner and name of a convolution, owner and name of the norm after it.
+Pair = Tuple[nn.Module, str, nn.Module, str]
+
+
+def _pairs_of_conv_module(module: ConvModule) -> List[Pair]:
+    order = module.order
+    if not module.with_norm or order.index('norm') != order.index('conv') + 1:
+        return []
+    return [(module, 'conv', module, module.norm_name)]
+
+
+# Declared, not guessed from the order of siblings, which is not the order in
+# which a forward calls them.
+PAIRS: Dict[type, Callable[[nn.Module], List[Pair]]] = {
+    PatchEmbed: lambda m: [(m, 'proj', m, 'norm')],
+    PatchMerging: lambda m: [(m, 'reduction', m, 'norm')],
+    FasterNetBlock: lambda m: [(m.mlp, '0', m.mlp, '1')],
+    ConvModule: _pairs_of_conv_module,
+}
+
+
+def _affine(norm: _BatchNorm) -> Tuple[Tensor, Tensor]:
+    """Scale and shift, in float64, of what a norm does in eval mode."""
+    weight, bias, mean, var = (
+        value.double()
+        for value in (
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+        )
+    )
+    scale = weight / (var + norm.eps).sqrt()
+    return scale, bias - mean * scale
+
+
+def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    dtype = conv.weight.dtype
+    conv.weight = nn.Parameter(weight.to(dtype))
+    conv.bias = nn.Parameter(bias.to(dtype))
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    if conv.bias is None:
+        return conv.weight.new_zeros(conv.out_channels).double()
+    return conv.bias.double()
+
+
+def _fold_after(conv: nn.Conv2d, norm: _BatchNorm) -> None:
+    """Fold a norm into the convolution before it."""
+    scale, shift = _affine(norm)
+    weight = conv.weight.double() * scale[:, None, None, None]
+    _set(conv, weight, _bias(conv) * scale + shift)
+
+
+def _fold_before(norm: _BatchNorm, conv: nn.Conv2d) -> None:
+    """Fold a norm into the 1x1 convolution after it."""
+    scale, shift = _affine(norm)
+    weight = conv.weight.double()
+    bias = _bias(conv) + (weight * shift[:, None, None]).sum((1, 2, 3))
+    _set(conv, weight * scale[:, None, None], bias)
+
+
+def _fold_pairs(model: nn.Module) -> None:
+    """Fold all declared pairs in place."""
+    folded = set()
+    for name, module in list(model.named_modules()):
+        pairs = PAIRS.get(type(module), lambda module: [])(module)
+        for owner, conv_name, norm_owner, norm_name in pairs:
+            conv = getattr(owner, conv_name)
+            norm = getattr(norm_owner, norm_name)
+            if not isinstance(norm, _BatchNorm):
+                continue
+            if type(conv) is not nn.Conv2d:
+                raise ValueError(
+                    f'cannot fold {type(norm).__name__} of {name} into a '
+                    f'{type(conv).__name__}, expected nn.Conv2d'
+                )
+            # Heads share convolutions between levels that have own norms.
+            if id(conv) in folded:
+                raise ValueError(
+                    f'cannot fold {name}: its convolution is shared with '
+                    'another norm'
+                )
+            _fold_after(conv, norm)
+            folded.add(id(conv))
+            setattr(norm_owner, norm_name, nn.Identity())
+
+
+def _fold_output_norms(backbone: FasterNet, neck: FPN) -> None:
+    """Fold the backbone's output norms into the FPN's lateral convolutions.
+
+    What the FPN does not read needs no norm. Where an extra level, a padded
+    convolution, reads the last output too, its norm stays.
+    """
+    last = neck.backbone_end_level - 1
+    extra_levels = len(neck.fpn_convs) > len(neck.lateral_convs)
+    for i, position in enumerate(backbone.out_indices):
+        norm = getattr(backbone, f'norm{position}')
+        if not isinstance(norm, _BatchNorm):
+            continue
+        if i == last and neck.add_extra_convs == 'on_input' and extra_levels:
+            continue
+        if neck.start_level <= i <= last:
+            lateral = neck.lateral_convs[i - neck.start_level]
+            _fold_before(norm, lateral.conv)
+        setattr(backbone, f'norm{position}', nn.Identity())
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Fold the BatchNorms of a FasterNet, or of a detector with one.
+
+    The copy computes the same function with fewer operators: a norm between
+    or after convolutions becomes part of the convolution, and the backbone's
+    output norms part of the FPN's 1x1 lateral convolutions.
+
+    Args:
+        model (nn.Module): A :class:`FasterNet` or an mmdet detector with one,
+            in eval mode. It is left as it is.
+
+    Returns:
+        nn.Module: A folded copy, for inference: of the same interface, without
+        gradients.
+
+    Raises:
+        ValueError: If the model trains, is folded already, holds no FasterNet,
+            or holds a BatchNorm that no declared pair accounts for.
+    """
+    backbone = (
+        model
+        if isinstance(model, FasterNet)
+        else getattr(model, 'backbone', None)
+    )
+    if not isinstance(backbone, FasterNet):
+        raise ValueError(
+            f'expected a FasterNet or a detector with one, got '
+            f'{type(model).__name__} with the backbone '
+            f'{type(backbone).__name__}'
+        )
+    if any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
+        raise ValueError('the model is in train mode: call eval() first')
+    if not any(isinstance(m, _BatchNorm) for m in backbone.stages.modules()):
+        raise ValueError('the model is folded already')
+    model = copy.deepcopy(model)
+    _fold_pairs(model)
+    backbone = model if isinstance(model, FasterNet) else model.backbone
+    if type(getattr(model, 'neck', None)) is FPN:
+        _fold_output_norms(backbone, model.neck)
+    outputs = {
+        getattr(backbone, f'norm{i}', None) for i in backbone.out_indices
+    }
+    left = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module not in outputs
+    ]
+    if left:
+        raise ValueError(
+            f'no declared pair accounts for the norms {", ".join(left)}'
+        )
+    return model.requires_grad_(False)
