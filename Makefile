@@ -8,7 +8,7 @@ OPTIONS :=
 .PHONY: help env demo lint test
 
 help:
-	@echo 'make demo   train Mask R-CNN with FasterNet-T0 on real microscopy images'
+	@echo 'make demo   train Mask R-CNN with FasterNet-T0 on tiles of a real micrograph'
 	@echo 'make test   check style and run all tests'
 	@echo 'make env    just set up .venv'
 
@@ -16,7 +16,7 @@ env:
 	@"$(PYTHON)" .ci/env.py
 
 demo: env
-	@echo '==> Training on real images, from scratch: 3 to 6 minutes on two cores'
+	@echo '==> Training on tiles of a real micrograph, from scratch: 3 to 6 minutes on two cores'
 	$(BIN)/python -m fasternet_det.datasets.nuclei data/nuclei
 	$(BIN)/python tools/train.py $(CONFIG) --work-dir "$(WORK_DIR)" $(OPTIONS)
 	@echo '==> Testing the saved checkpoint'

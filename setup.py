@@ -39,10 +39,11 @@ setup(
     packages=find_packages(include=['fasternet_det*']),
     package_data={'fasternet_det.datasets': ['nuclei_data/*']},
     python_requires='>=3.10',
-    install_requires=['numpy', 'safetensors', 'torch>=2.1'],
+    install_requires=['safetensors'],
     extras_require={
         # Left out of the requirements proper: forks of these packages install
-        # the same modules, and a requirement would overwrite them.
+        # the same modules, and a requirement would overwrite them. torch is in
+        # neither, as with mmdet: everyone has a build that suits the machine.
         'mmdet': [
             'mmengine>=0.10.7',
             'mmcv>=2.1.0,<2.2.0',

@@ -7,7 +7,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import AbstractSet, Dict, Iterator, Optional
+from typing import AbstractSet, Dict, Iterator, Optional, Sequence
 from urllib.error import URLError
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -19,6 +19,8 @@ from mmengine.fileio import get_file_backend
 from mmengine.logging import MMLogger
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .history import mmengine_history
 
 StateDict = Dict[str, Tensor]
 
@@ -124,18 +126,21 @@ def read_checkpoint(filename: str) -> dict:
             if head[8:9] == b'{':
                 checkpoint = load_file(path)
             elif zipfile.is_zipfile(path) or head[:1] == pickle.PROTO:
-                checkpoint = torch.load(
-                    path, map_location='cpu', weights_only=True
-                )
+                with mmengine_history():
+                    checkpoint = torch.load(
+                        path, map_location='cpu', weights_only=True
+                    )
             else:
                 raise EOFError('neither safetensors nor of torch.save')
         except pickle.UnpicklingError as error:
-            code = re.search(r'GLOBAL (\S+)', str(error))
+            reason = re.search(
+                r'GLOBAL (\S+)|WeightsUnpickler error:\s*(.+)', str(error)
+            )
             raise ValueError(
                 f'{filename} is refused: it holds more than tensors and plain '
-                f'data ({code[1] if code else "of an unknown kind"}), and '
-                'reading it could execute code. Where you trust it, save its '
-                'state dict alone, or as .safetensors'
+                f'data ({reason and (reason[1] or reason[2])}), and reading '
+                'it could execute code. Where you trust it, save its state '
+                'dict alone, or as .safetensors'
             ) from error
         except Exception as error:  # a broken file breaks torch in many ways
             raise ValueError(
@@ -177,7 +182,7 @@ def read_state_dict(filename: str, prefix: Optional[str] = None) -> StateDict:
     strangers = {
         str(key)
         for key, value in state_dict.items()
-        if not isinstance(value, Tensor)
+        if not (isinstance(key, str) and isinstance(value, Tensor))
     }
     if strangers or not state_dict:
         raise ValueError(
@@ -224,7 +229,7 @@ def _under(state_dict: StateDict, prefix: str) -> StateDict:
 def load_exactly(
     module: nn.Module,
     state_dict: StateDict,
-    optional: AbstractSet[str] = frozenset(),
+    optional: Sequence[AbstractSet[str]] = (),
     spare: AbstractSet[str] = frozenset(),
     source: str = 'the state dict',
 ) -> None:
@@ -233,8 +238,8 @@ def load_exactly(
     Args:
         module (nn.Module): Takes the weights; untouched when they do not fit.
         state_dict (dict[str, Tensor]): Tensors by name.
-        optional (set[str]): Keys of the module that may be missing, all of
-            them together. Defaults to none.
+        optional (list[set[str]]): Groups of the module's keys that may be
+            missing, each as a whole. Defaults to none.
         spare (set[str]): Keys that may be left over. Defaults to none.
         source (str): What the messages call the state dict.
 
@@ -244,8 +249,9 @@ def load_exactly(
     """
     own = module.state_dict()
     missing = own.keys() - state_dict.keys()
-    if optional <= missing:
-        missing -= optional
+    for group in optional:
+        if group <= missing:
+            missing -= group
     unexpected = state_dict.keys() - own.keys() - spare
     misshapen = {
         f'{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}'

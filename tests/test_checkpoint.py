@@ -119,6 +119,10 @@ def test_detector(era, prefix, golden, randomise, tmp_path):
     assert torch.equal(model.norm6.weight, detector.backbone.norm6.weight)
     fewer = backbone_from(tmp_path / 'epoch_12.pth', detector='retinanet')
     assert not hasattr(fewer, 'norm0')
+    torch.save(fewer.state_dict(), tmp_path / 'three.pth')
+    more = backbone_from(tmp_path / 'three.pth')
+    assert torch.equal(more.norm2.weight, fewer.norm2.weight)
+    assert (more.norm0.weight == 1).all()
     assert torch.equal(fewer.norm6.weight, detector.backbone.norm6.weight)
     assert model.norm6.running_var.std() > 0.1
 
@@ -256,6 +260,7 @@ def spoilt(key, value):
             r'patch_embed.proj.weight \(40, 1, 4, 4\) for \(40, 3, 4, 4\)',
         ),
         (lambda sd: sd.clear(), 'holds no state dict.*found nothing'),
+        (lambda sd: sd.update({0: torch.zeros(1)}), 'found 0$'),
         (
             lambda sd: sd.update(lr=0.1),
             'holds no state dict.* found lr',

@@ -1,11 +1,17 @@
 """What mmengine saves loads; what a crafted file adds to it does not."""
 
+import io
 import pickle
 
 import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import _load_checkpoint
+from torch._weights_only_unpickler import load as unpickle
+
+from fasternet_det.checkpoint import read_checkpoint
+from fasternet_det.history import mmengine_history
 
 
 class Call:
@@ -20,13 +26,14 @@ class Call:
 
 def load(path, content):
     torch.save(content, path)
-    return torch.load(path, weights_only=True)
+    return _load_checkpoint(str(path))  # mmengine's
 
 
 def refused(path, content):
     with pytest.raises(pickle.UnpicklingError):
         load(path, content)
-    assert torch.load(path, weights_only=False)  # the file itself is sound
+    with pytest.raises(ValueError, match='is refused'):
+        read_checkpoint(path)
 
 
 @pytest.fixture
@@ -45,6 +52,7 @@ def test_history(path):
         last=np.float32(-2),
         step=np.int64(7),
         array=np.arange(6.0).reshape(2, 3),
+        empty=HistoryBuffer(),
     )
     for _ in range(2):  # what was loaded can be saved and loaded again
         content = load(path, content)
@@ -58,6 +66,7 @@ def test_history(path):
         assert (content['best'], content['last']) == (0.25, -2)
         assert content['step'] == 7
         assert np.array_equal(content['array'], np.arange(6).reshape(2, 3))
+        assert content['empty'].data[0].size == 0
     history.update(2.5)
     assert history.current() == 2.5
 
@@ -73,7 +82,7 @@ def test_spelling_of_either_numpy(core, path):
     assert here + b'\n' in path.read_bytes()
     other = f'numpy.{core}.multiarray\n'.encode()
     path.write_bytes(path.read_bytes().replace(here + b'\n', other))
-    loaded = torch.load(path, weights_only=True)
+    loaded = _load_checkpoint(str(path))
     assert loaded['loss'].mean() == 0.5 and loaded['best'] == 0.25
 
 
@@ -83,8 +92,42 @@ def test_spelling_of_either_numpy(core, path):
 )
 def test_getattr_stays_closed(owner, name, path):
     refused(path, dict(a=Call(getattr, owner, name)))
-    fine = load(path, dict(a=Call(getattr, HistoryBuffer, 'mean')))
-    assert fine['a'] is HistoryBuffer.mean
+
+
+def test_methods_of_a_history_are_no_functions_to_call(path):
+    """Else ``_rebuild_from_type_v2`` would run them on anything."""
+    content = load(path, dict(a=Call(getattr, HistoryBuffer, 'current')))
+    assert content['a'] == 'current'
+
+
+def test_second_state_of_an_array():
+    """A tensor may share the memory that it would free."""
+    once = pickle.dumps(np.arange(4.0), 2)
+    state = pickle.dumps(np.arange(9.0).__reduce__()[2], 2)
+    twice = once[:-1] + state[2:-1] + b'b.'  # BUILD again, then STOP
+    assert pickle.loads(twice).size == 9
+    with mmengine_history():
+        assert unpickle(io.BytesIO(once)).tolist() == [0, 1, 2, 3]
+        with pytest.raises(pickle.UnpicklingError, match='second .* refused'):
+            unpickle(io.BytesIO(twice))
+
+
+@pytest.mark.parametrize('rivals', [False, True])
+def test_nothing_else_is_affected(rivals, path):
+    """Neither what others allow, nor loading by torch alone."""
+    own = [HistoryBuffer, np.ndarray, np.dtype, RECONSTRUCT, SCALAR]
+    own += [type(np.dtype(np.uint32)), type(np.dtype('f8'))]
+    own = own if rivals else []
+    content = dict(loss=HISTORY)
+    with torch.serialization.safe_globals(own):
+        before = set(torch.serialization.get_safe_globals())
+        assert type(load(path, content)['loss']) is HistoryBuffer
+        assert set(torch.serialization.get_safe_globals()) == before
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path)
+        torch.save(dict(a=np.arange(3, dtype=np.uint32)), path)
+        if rivals:
+            assert torch.load(path)['a'].dtype == np.uint32
 
 
 FORGED = (3, '<', None, ('a',), {'a': (np.dtype('O'), 0)}, 8, 8, 0)
@@ -101,14 +144,14 @@ FORGED = (3, '<', None, ('a',), {'a': (np.dtype('O'), 0)}, 8, 8, 0)
         np.array(['a']),
         np.array([(1, 2.0)], dtype='i8,f8'),
         Call(RECONSTRUCT, np.matrix, (0,), b'b'),
+        Call(np.ndarray, (40,), 'u8'),  # memory as it was left
+        Call(bytes, 9),
         np.str_('a'),
     ],
     ids=lambda content: repr(content)[:30],
 )
 def test_only_plain_numbers(content, path):
-    torch.save(dict(a=content), path)
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=True)
+    refused(path, dict(a=content))
 
 
 def test_a_history_cannot_change_the_class(path):

@@ -56,8 +56,8 @@ def convert(
     arch, in_channels = FasterNet.find_arch(state_dict)
     if arch not in FasterNet.arch_settings:
         raise ValueError(f'{source} holds no FasterNet of T0 to L: {arch}')
-    with torch.device('meta'):  # to account for every key, not to load
-        FasterNet(arch, in_channels).load_pretrained(state_dict, source)
+    # accounts for every key
+    FasterNet(arch, in_channels).load_pretrained(state_dict, source)
     if not classifier:
         state_dict = {
             key: value

@@ -37,7 +37,7 @@ def plot_curves(scalars: List[Dict[str, float]], path: Path) -> None:
     figure, left = plt.subplots(figsize=(7, 4), layout='constrained')
     right = left.twinx()
     for axis, key, label, style in (
-        (left, 'loss', 'training loss', 'k'),
+        (left, 'loss', 'loss', 'k'),
         *((right, key, f'{name} AP', 'o-') for name, key in METRICS.items()),
     ):
         points = [(s['step'], s[key]) for s in scalars if key in s]
@@ -45,7 +45,7 @@ def plot_curves(scalars: List[Dict[str, float]], path: Path) -> None:
             axis.plot(*zip(*points), style, label=label)
     left.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
     right.set(ylabel='AP on the validation images', ylim=(0, 1))
-    right.legend(loc='center right')
+    figure.legend(loc='outside upper center', ncols=3)
     figure.savefig(path, dpi=120)
 
 

@@ -212,7 +212,8 @@ class FasterNet(BaseModule):
         arch (str | dict): One of 't0', 't1', 't2', 's', 'm', 'l' (paper,
             Sec. 3.4), or a dict with ``embed_dim`` (int), ``depths`` (four
             ints) and ``act_cfg`` (dict). Defaults to 't0'.
-        in_channels (int): Channels of the image. Defaults to 3.
+        in_channels (int): Channels of the image. Other than 3, training
+            starts from scratch: ImageNet files hold 3. Defaults to 3.
         mlp_ratio (float): Hidden channels of the 1x1 convolutions over the
             block's. Defaults to 2.
         n_div (int): Inverse of the partial ratio of the PConv. Defaults to 4.
@@ -222,7 +223,8 @@ class FasterNet(BaseModule):
             others falls linearly to 0 at the first. Defaults to 0.
         layer_scale_init_value (float): Initial scale of the residual
             branches; 0 means no layer scale. Defaults to 0.
-        norm_cfg (dict): Config of all norms. Defaults to ``dict(type='BN')``.
+        norm_cfg (dict): Config of all norms, such as ``dict(type='SyncBN')``.
+            Defaults to ``dict(type='BN')``.
         act_cfg (dict, optional): Config of all activations. Defaults to None,
             the arch's own: GELU for t0 and t1, ReLU for the others.
         out_indices (Sequence[int]): Positions in ``stages`` to output, a
@@ -473,13 +475,16 @@ class FasterNet(BaseModule):
         """
         state_dict = fasternet_from_timm(state_dict)
         arch, in_channels = self.find_arch(state_dict)
-        norms = {k for k in self.state_dict() if k.startswith('norm')}
-        spare = {k for k in state_dict if re.match(r'norm[0246]\.', k)} - norms
+        norms = [
+            {k for k in self.state_dict() if k.startswith(f'norm{i}.')}
+            for i in self.out_indices
+        ]
+        others = {k for k in state_dict if re.match(r'norm[0246]\.', k)}
         load_exactly(
             self,
             state_dict,
-            optional=norms,
-            spare=self.classifier_keys | spare if self.fork_feat else set(),
+            optional=norms if self.fork_feat else [],
+            spare=self.classifier_keys | others if self.fork_feat else set(),
             source=f'{source} ({arch}, {in_channels} input channels)',
         )
 
