@@ -117,13 +117,14 @@ def read_checkpoint(filename: str) -> dict:
             raise FileNotFoundError(f'there is no checkpoint at {filename}')
         with open(path, 'rb') as file:
             head = file.read(64)
-        if head.lstrip()[:1] == b'<':
+        is_safetensors = head[8:9] == b'{'
+        if head.lstrip()[:1] == b'<' and not is_safetensors:
             raise ValueError(
                 f'{filename} is a web page, not a checkpoint: download the '
                 'file that the page is about'
             )
         try:
-            if head[8:9] == b'{':
+            if is_safetensors:
                 checkpoint = load_file(path)
             elif zipfile.is_zipfile(path) or head[:1] == pickle.PROTO:
                 with mmengine_history():

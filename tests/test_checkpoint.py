@@ -329,6 +329,18 @@ def test_html_page(tmp_path):
     refuses(path, 'is a web page, not a checkpoint')
 
 
+def test_safetensors_that_begin_like_a_page(imagenet, tmp_path):
+    """Their first bytes are a length, and 80928 begins with ' <'."""
+    path = tmp_path / 'a.safetensors'
+    save_file(imagenet('t0'), path)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], 'little')
+    header = raw[8 : 8 + size].ljust(80928)
+    path.write_bytes((80928).to_bytes(8, 'little') + header + raw[8 + size :])
+    assert path.read_bytes().startswith(b' <')
+    check(backbone_from(path), imagenet('t0'))
+
+
 def test_no_such_file(tmp_path):
     refuses(tmp_path / 'a.pth', 'there is no checkpoint', FileNotFoundError)
 
