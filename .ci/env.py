@@ -174,4 +174,7 @@ def make():
 if __name__ == '__main__':
     if not is_ready():
         check_machine()
-        make()
+        try:
+            make()
+        except KeyboardInterrupt:
+            sys.exit('Interrupted: the next `make env` will start afresh.')
