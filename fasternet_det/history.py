@@ -10,8 +10,9 @@ only while a checkpoint loads: no other ``torch.load`` is affected.
 
 import os.path as osp
 import pickle
+import threading
 from contextlib import contextmanager
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, Tuple, Union
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class _Dtype:
     """Stands for ``numpy.dtype``: a float or an integer of plain layout."""
 
     def __init__(self, name: str, *_: bool) -> None:
-        if type(name) is not str or name not in ('f4', 'f8', 'i8'):
+        if type(name) is not str or name not in ('f4', 'f8', 'i4', 'i8'):
             raise pickle.UnpicklingError(f'numpy dtype {name!r} is refused')
         self.name = name
 
@@ -73,25 +74,26 @@ def _no_bytes(*args: Any) -> bytes:
     return b''
 
 
-def _scalar(dtype: _Dtype, data: bytes) -> np.generic:
+def _scalar(dtype: _Dtype, data: bytes) -> Union[float, int]:
     """Stands for numpy's function of that name."""
     if type(dtype) is not _Dtype or type(data) is not bytes:
         raise pickle.UnpicklingError('a numpy scalar of objects is refused')
-    return np.frombuffer(data, dtype.name, count=1)[0]
+    return np.frombuffer(data, dtype.name, count=1).item()
 
 
 class _History(HistoryBuffer):
     """Stands for HistoryBuffer until its state is known to be plain."""
 
+    def __init__(self, *args: Any) -> None:
+        raise pickle.UnpicklingError('a call of HistoryBuffer is refused')
+
     def __setstate__(self, state: dict) -> None:
+        logs, counts = state['_log_history'], state['_count_history']
+        if type(logs) is not _Array or type(counts) is not _Array:
+            raise pickle.UnpicklingError('a history of objects is refused')
         self.__class__ = HistoryBuffer
         HistoryBuffer.__init__(
-            self,
-            *(
-                state[key].tolist()
-                for key in ('_log_history', '_count_history')
-            ),
-            max_length=int(state['max_length']),
+            self, logs.tolist(), counts.tolist(), int(state['max_length'])
         )
 
 
@@ -119,11 +121,25 @@ STAND_INS = {
 }
 
 
-def _name(allowed: Any) -> str:
-    """What torch calls a safe global."""
+_LOCK = threading.RLock()  # what torch allows is one list for all threads
+
+
+def _is_rival(allowed: Any) -> bool:
+    """Whether what somebody else allowed has the name of a stand-in."""
     if isinstance(allowed, tuple):
-        return allowed[1]
-    return f'{allowed.__module__}.{allowed.__qualname__}'
+        return allowed[1] in STAND_INS
+    return f'{allowed.__module__}.{allowed.__qualname__}' in STAND_INS
+
+
+def _replace(old: list, new: list) -> None:
+    """Take entries from what torch allows, and add others."""
+    kept = [
+        item
+        for item in torch.serialization.get_safe_globals()
+        if item not in old
+    ]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(kept + new)
 
 
 @contextmanager
@@ -136,22 +152,34 @@ def mmengine_history() -> Iterator[None]:
     if digit_version(torch.__version__) < digit_version('2.6'):
         yield
         return
-    serialization = torch.serialization
-    allowed = serialization.get_safe_globals()
-    serialization.clear_safe_globals()
-    serialization.add_safe_globals(
-        [item for item in allowed if _name(item) not in STAND_INS]
-        + [(stand_in, name) for name, stand_in in STAND_INS.items()]
-    )
-    try:
-        yield
-    finally:
-        serialization.clear_safe_globals()
-        serialization.add_safe_globals(allowed)
+    stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+    with _LOCK:
+        rivals = [
+            item
+            for item in torch.serialization.get_safe_globals()
+            if _is_rival(item)
+        ]
+        _replace(rivals, stand_ins)
+        try:
+            yield
+        finally:
+            _replace(stand_ins, rivals)
 
 
-def _load_from_local(filename: str, map_location: Any = None) -> dict:
-    """What mmengine's loader of that name does, with its history allowed."""
+def load_from_local(filename: str, map_location: Any = None) -> dict:
+    """Load a file as mmengine's loader of that name does, its history too.
+
+    Args:
+        filename (str): Local path; ``~`` is the home folder.
+        map_location (Any): See ``torch.load``. Defaults to None.
+
+    Returns:
+        dict: What the file holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        pickle.UnpicklingError: If it would need code to be executed.
+    """
     filename = osp.expanduser(filename)
     if not osp.isfile(filename):
         raise FileNotFoundError(f'{filename} can not be found.')
@@ -167,4 +195,4 @@ def allow_mmengine_checkpoints() -> None:
     Earlier versions load everything by default, and are left alone.
     """
     if digit_version(torch.__version__) >= digit_version('2.6'):
-        CheckpointLoader.register_scheme('', _load_from_local, force=True)
+        CheckpointLoader.register_scheme('', load_from_local, force=True)

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ FORGED = (3, '<', None, ('a',), {'a': (np.dtype('O'), 0)}, 8, 8, 0)
         Call(RECONSTRUCT, np.matrix, (0,), b'b'),
         Call(np.ndarray, (40,), 'u8'),  # memory as it was left
         Call(bytes, 9),
-        np.str_('a'),
+        Call(HistoryBuffer, (1.0,), (1,)),  # would turn objects into arrays
     ],
     ids=lambda content: repr(content)[:30],
 )
@@ -154,12 +155,36 @@ def test_only_plain_numbers(content, path):
     refused(path, dict(a=content))
 
 
+def test_a_history_of_objects(path):
+    forged = HistoryBuffer()
+    forged._log_history = [None]
+    refused(path, dict(a=forged))
+
+
 def test_a_history_cannot_change_the_class(path):
-    state = HISTORY.__getstate__()
-    state['statistics_methods'] = dict(mean='not a method', fake='neither')
-    state['update'] = 'not a method'
-    forged = Call(HistoryBuffer, state=state)
+    forged = HistoryBuffer([0.5, 1.5], [1, 3])
+    forged._statistics_methods = dict(mean='not a method', fake='neither')
+    forged.update = 'not a method'
     history = load(path, dict(a=forged))['a']
-    assert history.mean() == 0.5
+    assert history.statistics('mean') == 0.5
     history.update(1)
     assert 'fake' not in HistoryBuffer._statistics_methods
+
+
+def test_threads(path):
+    """Each load is right, and nothing stays allowed."""
+    torch.save(dict(loss=HISTORY), path)
+    before = set(torch.serialization.get_safe_globals())
+    means = []
+
+    def work():
+        for _ in range(30):
+            means.append(_load_checkpoint(str(path))['loss'].mean())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert means == [0.5] * 120
+    assert set(torch.serialization.get_safe_globals()) == before
