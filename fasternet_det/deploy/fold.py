@@ -76,6 +76,15 @@ def _fold_before(norm: _BatchNorm, conv: nn.Conv2d) -> None:
     _set(conv, weight * scale[:, None, None], bias)
 
 
+def _check_plain(conv: nn.Module, name: str) -> None:
+    """Refuse what computes something else from its weight."""
+    if type(conv) is not nn.Conv2d:
+        raise ValueError(
+            f'cannot fold the norm of {name} into a {type(conv).__name__}, '
+            'expected nn.Conv2d'
+        )
+
+
 def _fold_pairs(model: nn.Module) -> None:
     """Fold all declared pairs in place."""
     folded = set()
@@ -86,11 +95,7 @@ def _fold_pairs(model: nn.Module) -> None:
             norm = getattr(norm_owner, norm_name)
             if not isinstance(norm, _BatchNorm):
                 continue
-            if type(conv) is not nn.Conv2d:
-                raise ValueError(
-                    f'cannot fold {type(norm).__name__} of {name} into a '
-                    f'{type(conv).__name__}, expected nn.Conv2d'
-                )
+            _check_plain(conv, name)
             # Heads share convolutions between levels that have own norms.
             if id(conv) in folded:
                 raise ValueError(
@@ -118,6 +123,7 @@ def _fold_output_norms(backbone: FasterNet, neck: FPN) -> None:
             continue
         if neck.start_level <= i <= last:
             lateral = neck.lateral_convs[i - neck.start_level]
+            _check_plain(lateral.conv, f'output {position}')
             _fold_before(norm, lateral.conv)
         setattr(backbone, f'norm{position}', nn.Identity())
 

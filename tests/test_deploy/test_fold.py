@@ -118,3 +118,16 @@ def test_shared_convolution_is_not_folded_twice():
     cfg.bbox_head.update(type='RetinaSepBNHead', num_ins=3)
     with pytest.raises(ValueError, match='shared with another norm'):
         fold(MODELS.build(cfg).eval())
+
+
+@pytest.mark.parametrize(
+    'norm_cfg, named', [(None, 'output 0'), (dict(type='BN'), 'neck.lateral')]
+)
+def test_other_convolutions_are_refused(norm_cfg, named):
+    """ConvWS standardises its weight, so a folded one would be wrong."""
+    cfg = Config.fromfile(
+        CONFIGS / 'fasternet/mask-rcnn_fasternet-t0_fpn_1x_coco.py'
+    ).model
+    cfg.neck.update(conv_cfg=dict(type='ConvWS'), norm_cfg=norm_cfg)
+    with pytest.raises(ValueError, match=f'{named}.* into a ConvWS2d'):
+        fold(MODELS.build(cfg).eval())
