@@ -1,3 +1,4 @@
 from .fold import fold
+from .optimize import optimize
 
-__all__ = ['fold']
+__all__ = ['fold', 'optimize']

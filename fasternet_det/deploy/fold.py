@@ -85,9 +85,22 @@ def _check_plain(conv: nn.Module, name: str) -> None:
         )
 
 
+def _unshare(model: nn.Module) -> None:
+    """Give each module convolutions of its own.
+
+    Heads such as RTMDet's share them between levels that have own norms.
+    """
+    seen = set()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d):
+                if child in seen:
+                    setattr(module, name, copy.deepcopy(child))
+                seen.add(child)
+
+
 def _fold_pairs(model: nn.Module) -> None:
     """Fold all declared pairs in place."""
-    folded = set()
     for name, module in list(model.named_modules()):
         pairs = PAIRS.get(type(module), lambda module: [])(module)
         for owner, conv_name, norm_owner, norm_name in pairs:
@@ -96,14 +109,7 @@ def _fold_pairs(model: nn.Module) -> None:
             if not isinstance(norm, _BatchNorm):
                 continue
             _check_plain(conv, name)
-            # Heads share convolutions between levels that have own norms.
-            if id(conv) in folded:
-                raise ValueError(
-                    f'cannot fold {name}: its convolution is shared with '
-                    'another norm'
-                )
             _fold_after(conv, norm)
-            folded.add(id(conv))
             setattr(norm_owner, norm_name, nn.Identity())
 
 
@@ -164,6 +170,7 @@ def fold(model: nn.Module) -> nn.Module:
     if not any(isinstance(m, _BatchNorm) for m in backbone.stages.modules()):
         raise ValueError('the model is folded already')
     model = copy.deepcopy(model)
+    _unshare(model)
     _fold_pairs(model)
     backbone = model if isinstance(model, FasterNet) else model.backbone
     if type(getattr(model, 'neck', None)) is FPN:

@@ -6,12 +6,14 @@ import torch
 from fill import fill_input
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasternet_det import FasterNet
 from fasternet_det.deploy import fold
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
+init_default_scope('mmdet')
 
 
 def image(*shape):
@@ -111,13 +113,23 @@ def test_what_cannot_be_folded():
         fold(model)
 
 
-def test_shared_convolution_is_not_folded_twice():
-    cfg = Config.fromfile(
-        CONFIGS / 'mini/retinanet_fasternet-t0_fpn_nuclei.py'
-    ).model
-    cfg.bbox_head.update(type='RetinaSepBNHead', num_ins=3)
-    with pytest.raises(ValueError, match='shared with another norm'):
-        fold(MODELS.build(cfg).eval())
+@pytest.mark.parametrize('head', ['RetinaSepBNHead', 'RTMDetSepBNHead'])
+def test_convolutions_that_levels_share(head, randomise):
+    """Each level has own norms, so each needs a folded convolution."""
+    if head == 'RTMDetSepBNHead':
+        cfg = Config.fromfile(CONFIGS / 'mini/rtmdet_fasternet-t0_nuclei.py')
+    else:
+        cfg = Config.fromfile(
+            CONFIGS / 'mini/retinanet_fasternet-t0_fpn_nuclei.py'
+        )
+        cfg.model.bbox_head.update(type=head, num_ins=3)
+    model = randomise(MODELS.build(cfg.model)).eval().double()
+    folded = fold(model)
+    assert not any('head' in name for name in norms(folded))
+    x = image(2, 3, 128, 96).double()
+    maps = model.extract_feat(x)
+    for a, b in zip(folded.bbox_head(maps), model.bbox_head(maps)):
+        close(a, b, 1e-12)
 
 
 @pytest.mark.parametrize(

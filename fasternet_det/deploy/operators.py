@@ -1,0 +1,385 @@
+"""Operators of the inference form: fused, prepacked, in place.
+
+On a CPU they call oneDNN's fused kernels, which torch's own compiler calls
+too; elsewhere, and in float64, they are the plain operators in the same order.
+"""
+
+from typing import Dict, Iterable, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mmcv.ops import RoIAlign
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from torch import Tensor
+
+from ..backbones.fasternet import FasterNetBlock
+
+# What oneDNN calls the activations that it fuses: attribute and algorithm.
+FUSED = {
+    nn.Identity: ('none', ''),
+    nn.ReLU: ('relu', ''),
+    nn.GELU: ('gelu', 'none'),
+    nn.SiLU: ('swish', ''),
+}
+# A prepacked weight suits one input shape, so a convolution keeps a few: a
+# pyramid has five.
+KEPT_SHAPES = 5
+# Bytes of hidden map that a block computes at a time. It then stays in the
+# CPU's last cache, and below the 32 MiB from which glibc maps fresh pages for
+# every tensor.
+TILE = 2**23
+
+
+def fuses(activation: nn.Module) -> bool:
+    """Whether an activation can be part of a convolution's kernel."""
+    return type(activation) in FUSED and (
+        getattr(activation, 'approximate', 'none') == 'none'
+    )
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether oneDNN computes on such a tensor."""
+    return x.device.type == 'cpu' and (
+        torch.backends.mkldnn.is_available()
+        and x.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+class _Packed(nn.Module):
+    """A weight with copies in the layouts that oneDNN wants.
+
+    The copies are made when needed and belong to no state dict or pickle.
+    """
+
+    def __init__(self, layer: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.activation = activation
+        self.attribute, self.algorithm = FUSED[type(activation)]
+        self._packed: Dict[Tuple[int, ...], Tensor] = {}
+
+    def _pack(self, shape: Tuple[int, ...]) -> Tensor:
+        raise NotImplementedError
+
+    def packed(self, x: Tensor) -> Tensor:
+        """The weight in the layout for an input of this shape."""
+        weight = self._packed.get(x.shape)
+        if weight is None:
+            if len(self._packed) == KEPT_SHAPES:
+                self._packed.pop(next(iter(self._packed)))
+            weight = self._packed[x.shape] = self._pack(x.shape)
+        return weight
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:  # noqa: ANN001
+        self._packed.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | dict(_packed={})
+
+
+class FusedConv2d(_Packed):
+    """A convolution and its activation as one operator.
+
+    Args:
+        conv (nn.Conv2d): The convolution, padded with zeros.
+        activation (nn.Module, optional): One that :func:`fuses`.
+            Defaults to None.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, activation: Optional[nn.Module] = None
+    ) -> None:
+        super().__init__(conv, activation or nn.Identity())
+        self.in_channels = conv.in_channels
+        self.out_channels = conv.out_channels
+        self.kernel_size = conv.kernel_size
+        self.padding = conv.padding
+        self.stride = conv.stride
+        self.dilation = conv.dilation
+        self.groups = conv.groups
+
+    def _pack(self, shape: Tuple[int, ...]) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight, *self._geometry(), list(shape)
+        )
+
+    def _geometry(self) -> Tuple[Tuple[int, int], ...]:
+        return self.padding, self.stride, self.dilation, self.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, H', W')."""
+        if not (_has_kernel(x) and len(x)):
+            return self.activation(
+                F.conv2d(
+                    *(x, self.weight, self.bias, self.stride),
+                    *(self.padding, self.dilation, self.groups),
+                )
+            )
+        return torch.ops.mkldnn._convolution_pointwise(
+            *(x, self.packed(x), self.bias, *self._geometry()),
+            *(self.attribute, [], self.algorithm),
+        )
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add what is computed from ``x``, without activation, to ``y``."""
+        if not _has_kernel(x):
+            return y.add_(self(x))
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            *(y, x, self.packed(x), self.bias, *self._geometry()),
+            *('add', 1, None, [], None),
+        )
+
+
+class FusedUpsample(FusedConv2d):
+    """A 2x2 transposed convolution of stride 2, as a 1x1 convolution.
+
+    Args:
+        deconv (nn.ConvTranspose2d): The transposed convolution.
+    """
+
+    def __init__(self, deconv: nn.ConvTranspose2d) -> None:
+        conv = nn.Conv2d(deconv.in_channels, 4 * deconv.out_channels, 1)
+        weight = deconv.weight.permute(2, 3, 1, 0)  # y, x, C_out, C_in
+        conv.weight = nn.Parameter(weight.flatten(0, 2)[:, :, None, None])
+        bias = deconv.bias
+        conv.bias = None if bias is None else nn.Parameter(bias.repeat(4))
+        super().__init__(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, 2H, 2W)."""
+        quads = super().forward(x).permute(0, 2, 3, 1)
+        return (
+            quads.unflatten(3, (2, 2, -1))
+            .transpose(2, 3)  # N, H, y, W, x, C_out
+            .flatten(3, 4)
+            .flatten(1, 2)
+            .permute(0, 3, 1, 2)
+        )
+
+
+class FusedLinear(_Packed):
+    """A linear layer on oneDNN, where torch's own calls MKL.
+
+    Args:
+        linear (nn.Linear): The layer.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, nn.Identity())
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+
+    def _pack(self, shape: Tuple[int, ...]) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight, shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_features) to (N, out_features)."""
+        if x.dim() != 2 or not (_has_kernel(x) and len(x)):
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(
+            x, self.packed(x), self.bias, self.attribute, [], self.algorithm
+        )
+
+
+class InPlaceBlock(nn.Module):
+    """A FasterNetBlock that computes in its input's memory.
+
+    The partial convolution's output takes the place of the first channels
+    for as long as the 1x1 convolutions read it, so there is no concatenation
+    of all channels, and the residual is added by the last convolution. The
+    hidden map is computed in tiles of rows that stay in cache.
+
+    Args:
+        block (FasterNetBlock): A folded block.
+    """
+
+    def __init__(self, block: FasterNetBlock) -> None:
+        super().__init__()
+        expand, _, activation, reduce = block.mlp
+        if block.layer_scale is not None:
+            scale = block.layer_scale[:, None, None, None]
+            reduce.weight = nn.Parameter(reduce.weight * scale)
+        self.dim_conv3 = block.spatial_mixing.dim_conv3
+        self.partial_conv3 = FusedConv2d(block.spatial_mixing.partial_conv3)
+        self.expand = FusedConv2d(expand, activation)
+        self.reduce = FusedConv2d(reduce)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Overwrite a map of shape (N, C, H, W) with the block's output."""
+        first = x[:, : self.dim_conv3].contiguous(
+            memory_format=_memory_format(x)
+        )
+        if first.data_ptr() == x.data_ptr():  # a view, where N is 1
+            first = first.clone()
+        mixed = self.partial_conv3(first)
+        for out, mix, old in self._tiles(x, mixed, first):
+            out[:, : self.dim_conv3] = mix
+            hidden = self.expand(out)
+            out[:, : self.dim_conv3] = old
+            self.reduce.add_to(out, hidden)
+        return x
+
+    def _tiles(self, *maps: Tensor) -> Iterable[Tuple[Tensor, ...]]:
+        """Cut maps into equal tiles of rows, which share their memory."""
+        x = maps[0]
+        if x.device.type != 'cpu' or _memory_format(x) != torch.channels_last:
+            return [maps]
+        row = self.expand.out_channels * x.shape[3] * x.itemsize  # bytes
+        # The rows of all images lie behind each other.
+        rows = len(x) * x.shape[2]
+        tiles = min(rows, -(-rows * row // TILE))
+        return zip(
+            *(
+                m.permute(0, 2, 3, 1)
+                .flatten(0, 1)[None]
+                .permute(0, 3, 1, 2)
+                .split(-(-rows // tiles), dim=2)
+                for m in maps
+            )
+        )
+
+
+class FastRoIAlign(RoIAlign):
+    """RoIAlign on a CPU as weighted sums of rows, for maps in channels_last.
+
+    The mean over a bin's bilinear samples is a weighted sum of the pixels
+    around them: an embedding bag, which torch vectorises over the channels
+    and runs on all cores. It computes in float32. Mask R-CNN, arXiv
+    1703.06870, Sec. 3; equal to mmcv's average RoIAlign with as many samples
+    as a bin has pixels (``sampling_ratio=0``).
+    """
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        """Pool the regions of interest.
+
+        Args:
+            input (Tensor): Feature map of shape (N, C, H, W).
+            rois (Tensor): Image index, x1, y1, x2, y2 in pixels of the image,
+                of shape (K, 5).
+
+        Returns:
+            Tensor: Of shape (K, C, *output_size), in channels_last.
+        """
+        channels, height, width = input.shape[1:]
+        image = rois[:, 0].long() * (height * width)
+        boxes = rois[:, 1:] * self.spatial_scale - 0.5 * self.aligned
+        grid_y, ys, weight_y = self._axis(boxes[:, 1::2], 0, height)
+        grid_x, xs, weight_x = self._axis(boxes[:, 0::2], 1, width)
+        # Regions with as many samples a bin have bags of equal size.
+        groups = []
+        for gy, gx in torch.stack((grid_y, grid_x), 1).unique(dim=0).tolist():
+            k = ((grid_y == gy) & (grid_x == gx)).nonzero()[:, 0]
+            y, wy = (v[k, :, : gy + 1] for v in (ys, weight_y))
+            x, wx = (v[k, :, : gx + 1] for v in (xs, weight_x))
+            index = image[k, None, None] + y * width
+            index = index[:, :, None, :, None] + x[:, None, :, None, :]
+            weight = wy[:, :, None, :, None] * wx[:, None, :, None, :]
+            groups.append(
+                (k, index.flatten(3).flatten(0, 2), weight.flatten(3))
+            )
+        out = input.new_empty(
+            len(rois), self.output_size[0] * self.output_size[1], channels
+        )
+        pixels = input.permute(0, 2, 3, 1).reshape(-1, channels)
+        step = channels
+        if pixels.dtype != torch.float32:
+            step = max(1, TILE // (4 * len(pixels)))
+        for first in range(0, channels, step):
+            part = pixels[:, first : first + step].float()
+            for k, index, weight in groups:
+                out[k, :, first : first + step] = (
+                    F.embedding_bag(
+                        index,
+                        part,
+                        per_sample_weights=weight.view_as(index),
+                        mode='sum',
+                    )
+                    .view(len(k), -1, part.shape[1])
+                    .to(out.dtype)
+                )
+        return out.transpose(1, 2).unflatten(2, self.output_size)
+
+    def _axis(
+        self, bounds: Tensor, axis: int, size: int
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Find the pixels that the bins of each region read along an axis.
+
+        Args:
+            bounds (Tensor): Start and end of the regions, of shape (K, 2).
+            axis (int): 0 for y, 1 for x.
+            size (int): Pixels of the map along the axis.
+
+        Returns:
+            tuple[Tensor]: Samples a bin, of shape (K,); pixels, and weights,
+            of shape (K, bins, most samples + 1).
+        """
+        bins = self.output_size[axis]
+        start, length = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+        if not self.aligned:
+            length = length.clamp(min=1)
+        step = (length / bins)[:, None, None]
+        grid = step.ceil().clamp(min=0)
+        most = max(1, int(grid.max()))
+        sample = torch.arange(most, device=step.device)
+        at = (
+            start[:, None, None]
+            + torch.arange(bins, device=step.device)[:, None] * step
+            + (sample + 0.5) * (step / grid.clamp(min=1))
+        )
+        share = (sample < grid) & (at >= -1) & (at <= size)
+        share = share / grid.clamp(min=1)
+        at = at.clamp(0, size - 1)
+        low = at.floor()
+        first = low[..., :1]
+        # Samples lie at most a pixel apart: a bin spans one pixel more than
+        # it has samples. The excess of regions with fewer has no share.
+        place = (low - first).clamp(max=most - 1).long()
+        weight = at.new_zeros(len(at), bins, most + 1)
+        weight.scatter_add_(2, place, share * (1 - (at - low)))
+        weight.scatter_add_(2, place + 1, share * (at - low))
+        pixel = first.long() + torch.arange(most + 1, device=step.device)
+        return grid.flatten().long(), pixel.clamp(max=size - 1), weight
+
+
+class FastRoIExtractor(SingleRoIExtractor):
+    """A SingleRoIExtractor that keeps its output in channels_last."""
+
+    def forward(
+        self,
+        feats: Tuple[Tensor, ...],
+        rois: Tensor,
+        roi_scale_factor: Optional[float] = None,
+    ) -> Tensor:
+        """Pool each region from the level that suits its size.
+
+        Args:
+            feats (tuple[Tensor]): Maps of shape (N, C, H, W).
+            rois (Tensor): Image index, x1, y1, x2, y2 in pixels, (K, 5).
+            roi_scale_factor (float, optional): Factor on the regions' sizes.
+                Defaults to None.
+
+        Returns:
+            Tensor: Of shape (K, C, *output_size), in channels_last.
+        """
+        out = torch.empty(
+            (len(rois), self.out_channels, *self.roi_layers[0].output_size),
+            dtype=feats[0].dtype,
+            device=rois.device,
+            memory_format=torch.channels_last,
+        )
+        levels = self.map_roi_levels(rois, len(feats))
+        if roi_scale_factor is not None:
+            rois = self.roi_rescale(rois, roi_scale_factor)
+        for level in levels.unique().tolist():
+            k = (levels == level).nonzero()[:, 0]
+            out[k] = self.roi_layers[level](feats[level], rois[k])
+        return out

@@ -1,0 +1,207 @@
+"""The fast form of a FasterNet, or of a detector with one."""
+
+from functools import partial
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn as nn
+from mmcv.cnn import ConvModule
+from mmcv.cnn.bricks.wrappers import Conv2d
+from mmcv.ops import RoIAlign
+from mmdet.models import CascadeRoIHead, SingleStageDetector, StandardRoIHead
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.necks import FPN
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import (
+    BaseRoIExtractor,
+)
+from torch import Tensor
+
+from ..backbones import FasterNet
+from ..backbones.fasternet import FasterNetBlock
+from .fold import fold
+from .operators import (
+    FastRoIAlign,
+    FastRoIExtractor,
+    FusedConv2d,
+    FusedLinear,
+    FusedUpsample,
+    InPlaceBlock,
+    fuses,
+)
+
+# Between a head's forward and the detections, sizes depend on values and
+# precision matters.
+HEADS = (BaseDenseHead, BBoxHead, FCNMaskHead)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a module is a convolution that one kernel can do."""
+    return (
+        type(conv) in (nn.Conv2d, Conv2d)
+        and conv.padding_mode == 'zeros'
+        and not isinstance(conv.padding, str)
+    )
+
+
+def _fused(module: nn.Module) -> Optional[nn.Module]:
+    """What computes the same as a folded module in fewer steps, if known."""
+    if isinstance(module, FasterNetBlock):
+        return InPlaceBlock(module)
+    if _is_plain(module):
+        return FusedConv2d(module)
+    if type(module) is nn.Linear:
+        return FusedLinear(module)
+    if (
+        isinstance(module, nn.ConvTranspose2d)
+        and module.kernel_size == module.stride == (2, 2)
+        and module.padding == module.output_padding == (0, 0)
+        and module.groups == 1
+    ):
+        return FusedUpsample(module)
+    if (
+        type(module) is ConvModule
+        and _is_plain(module.conv)
+        and not module.with_explicit_padding
+        and isinstance(module.norm or nn.Identity(), nn.Identity)
+        and module.order[-1] == 'act'
+    ):
+        activation = module.activate if module.with_activation else None
+        if activation is None or fuses(activation):
+            return FusedConv2d(module.conv, activation)
+    return None
+
+
+def _fuse(module: nn.Module, known: Dict[nn.Module, nn.Module]) -> None:
+    """Replace what is inside a module; what is shared stays shared."""
+    for name, child in module.named_children():
+        if child not in known:
+            known[child] = _fused(child)
+        if known[child] is None:
+            _fuse(child, known)
+        else:
+            setattr(module, name, known[child])
+
+
+def _cast(value: Any, **to: Any) -> Any:
+    """Cast the tensors in nested lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(v, **to) for v in value)
+    return value.to(**to) if isinstance(value, Tensor) else value
+
+
+def _cast_input(module: nn.Module, args: tuple, **to: Any) -> tuple:
+    return (_cast(args[0], **to), *args[1:])
+
+
+def _cast_output(
+    module: nn.Module, args: tuple, output: Any, **to: Any
+) -> Any:
+    return _cast(output, **to)
+
+
+def _fuse_pooling(extractor: SingleRoIExtractor) -> bool:
+    """Let a RoI extractor pool by our operators, where they can."""
+    layers = extractor.roi_layers
+    if type(extractor) is not SingleRoIExtractor or any(
+        type(layer) is not RoIAlign
+        or layer.pool_mode != 'avg'
+        or layer.sampling_ratio > 0
+        for layer in layers
+    ):
+        return False
+    # The state is the same: only the forwards differ.
+    extractor.__class__ = FastRoIExtractor
+    for layer in layers:
+        layer.__class__ = FastRoIAlign
+    return True
+
+
+def _check(model: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse what cannot be computed in a dtype."""
+    device = next(model.parameters()).device.type
+    dtypes = [torch.float32, torch.bfloat16]
+    if device == 'cuda':
+        dtypes.append(torch.float16)
+    if dtype not in dtypes:
+        raise ValueError(
+            f'cannot compute in {dtype} on {device}, expected one of '
+            f'{", ".join(map(str, dtypes))}'
+        )
+    roi_head = getattr(model, 'roi_head', None)
+    if dtype != torch.float32 and not (
+        isinstance(model, (FasterNet, SingleStageDetector))
+        or type(roi_head) in (StandardRoIHead, CascadeRoIHead)
+    ):
+        raise ValueError(
+            f'cannot compute a {type(model).__name__} with the RoI head '
+            f'{type(roi_head).__name__} in {dtype}: where it decodes boxes '
+            'is not known, so it stays in torch.float32'
+        )
+
+
+def _set_precision(model: nn.Module, to: Dict[str, Any]) -> None:
+    """Compute in a dtype and memory format, but for boxes and pooling."""
+    for name, child in model.named_children():
+        if name != 'data_preprocessor':
+            child.to(**to)
+    boxes = dict(dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, FasterNet):
+            module.register_forward_pre_hook(partial(_cast_input, **to))
+        if isinstance(module, HEADS):
+            module.register_forward_hook(partial(_cast_output, **boxes))
+        if isinstance(module, BaseRoIExtractor) and not _fuse_pooling(module):
+            # mmcv's RoIAlign reads any memory as (N, C, H, W).
+            plain = boxes | dict(memory_format=torch.contiguous_format)
+            module.register_forward_pre_hook(partial(_cast_input, **plain))
+            module.register_forward_hook(partial(_cast_output, **to))
+
+
+@torch.no_grad()
+def optimize(
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+    compile: bool = False,
+) -> nn.Module:
+    """Make the fast form of a FasterNet, or of a detector with one.
+
+    BatchNorms are folded (:func:`fold`), weights laid out for the processor,
+    activations and residuals fused into the convolutions, partial
+    convolutions computed in place. The result has the interface of the
+    model: ``DetInferencer``, ``inference_detector`` and mmdet's test loop run
+    it unchanged.
+
+    Args:
+        model (nn.Module): A :class:`FasterNet` or an mmdet detector with one,
+            in eval mode. It is left as it is.
+        dtype (torch.dtype): In which to compute: float32 (outputs equal the
+            model's to 1e-5 relative), bfloat16, or float16 on CUDA. Boxes are
+            decoded, suppressed and pooled from in float32 anyway.
+            Defaults to float32.
+        memory_format (torch.memory_format): Layout of the maps.
+            Defaults to ``torch.channels_last``.
+        compile (bool): Whether to leave the fusing to ``torch.compile``, which
+            takes minutes at the first call. Defaults to False.
+
+    Returns:
+        nn.Module: A copy for inference, without gradients. A bare backbone's
+        maps are of ``dtype``.
+
+    Raises:
+        ValueError: If the model cannot be folded, or not be computed in
+            ``dtype``.
+    """
+    model = fold(model)
+    _check(model, dtype)
+    if compile:
+        for module in model.modules():
+            if isinstance(module, (FasterNet, FPN, *HEADS)):
+                module.compile()
+    else:
+        _fuse(model, {})
+    _set_precision(model, dict(dtype=dtype, memory_format=memory_format))
+    return model.requires_grad_(False)

@@ -1,0 +1,269 @@
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from fill import fill_array, fill_input
+from mmcv.ops import RoIAlign
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from fasternet_det import FasterNet
+from fasternet_det.backbones.fasternet import BasicStage
+from fasternet_det.deploy import fold, optimize
+from fasternet_det.deploy.operators import (
+    KEPT_SHAPES,
+    FastRoIAlign,
+    FusedConv2d,
+    FusedUpsample,
+    InPlaceBlock,
+)
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+init_default_scope('mmdet')
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
+
+
+def image(*shape):
+    return torch.from_numpy(fill_input(0, shape))
+
+
+def random(name, *shape):
+    """Standard normal values."""
+    return torch.from_numpy(fill_array(f'{name}.weight', shape)) * 10
+
+
+def close(a, b, tolerance):
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).abs().max() <= tolerance * y.abs().max()
+
+
+def build(name):
+    return MODELS.build(Config.fromfile(CONFIGS / name).model)
+
+
+def predict(model, x):
+    height, width = x.shape[2:]
+    sample = DetDataSample(
+        metainfo=dict(
+            img_shape=(height, width),
+            ori_shape=(height, width),
+            pad_shape=(height, width),
+            batch_input_shape=(height, width),
+            scale_factor=(1.0, 1.0),
+        )
+    )
+    with torch.no_grad():
+        samples = model.predict(x, [copy.deepcopy(sample) for _ in x])
+    return [s.pred_instances for s in samples]
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('arch', ['t0', 't2', 's'])
+def test_backbone(arch, layout, randomise):
+    model = randomise(FasterNet(arch, layer_scale_init_value=1)).eval()
+    before = copy.deepcopy(model.state_dict())
+    fast = optimize(model, memory_format=layout)
+    # Odd sizes, a batch, and the first size again: weights are kept packed.
+    for shape in ((2, 3, 70, 101), (1, 3, 64, 96), (2, 3, 70, 101)):
+        close(fast(image(*shape)), model(image(*shape)), 1e-5)
+    for key, value in model.state_dict().items():  # untouched
+        assert torch.equal(value, before[key])
+
+
+def test_backbone_in_bfloat16(randomise):
+    model = randomise(FasterNet('t2')).eval()
+    x = image(1, 3, 64, 96)
+    maps = optimize(model, torch.bfloat16)(x)
+    assert {m.dtype for m in maps} == {torch.bfloat16}
+    close([m.float() for m in maps], model(x), 0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_block_is_exact(layout, randomise, monkeypatch):
+    """In float64, and in tiles of one row: 1e-12."""
+    monkeypatch.setattr('fasternet_det.deploy.operators.TILE', 1)
+    for arch in ('t0', 's'):
+        model = randomise(FasterNet(arch, layer_scale_init_value=1))
+        model = fold(model.eval().double())
+        stage = model.stages[2]
+        x = random('x', 2, model.out_channels[1], 7, 5).double()
+        expected = stage(x)
+        for block in stage.blocks:
+            x = x.contiguous(memory_format=layout)
+            out = InPlaceBlock(block)(x)
+            assert out.data_ptr() == x.data_ptr()
+        close([x], [expected], 1e-12)
+
+
+def test_copies(randomise):
+    """Packed weights are opaque to pickle; a copy packs its own."""
+    model = randomise(FasterNet('t0')).eval()
+    fast = optimize(model)
+    x = image(1, 3, 64, 64)
+    expected = fast(x)
+    for other in (
+        copy.deepcopy(fast),
+        pickle.loads(pickle.dumps(fast)),
+        optimize(model).bfloat16().float(),
+    ):
+        close(other(x), expected, 1e-2)
+    fast.load_state_dict(copy.deepcopy(fast).state_dict())
+
+
+def test_packed_weights_are_few():
+    conv = FusedConv2d(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    for size in range(4, 4 + 2 * KEPT_SHAPES):
+        x = random('x', 1, 3, size, size)
+        expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+        with torch.no_grad():
+            close([conv(x)], [expected.relu()], 1e-5)
+    assert len(conv._packed) == KEPT_SHAPES
+    assert conv(random('x', 0, 3, 5, 5)).shape == (0, 8, 5, 5)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_upsample(bias):
+    deconv = nn.ConvTranspose2d(6, 4, 2, stride=2, bias=bias)
+    x = random('x', 2, 6, 5, 3).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        close([FusedUpsample(deconv)(x)], [deconv(x)], 1e-5)
+
+
+@pytest.mark.parametrize('size', [7, 14, (7, 5)])
+@pytest.mark.parametrize('aligned', [True, False])
+def test_roi_align(size, aligned):
+    """As mmcv's, also beyond the edges, for empty and for long regions."""
+    kwargs = dict(output_size=size, spatial_scale=0.25, aligned=aligned)
+    x = random('x', 2, 6, 20, 30)
+    boxes = [
+        [8, 8, 40, 30],
+        [-50, -30, 20, 20],
+        [100, 60, 150, 120],
+        [-90, -90, -80, -80],
+        [30, 30, 30, 30],
+        [0, 0, 119, 79],
+        [3, 10, 118, 11],
+        [20, 3, 21.5, 77],
+    ]
+    rois = torch.tensor([[i % 2, *b] for i, b in enumerate(boxes)]).float()
+    expected = RoIAlign(**kwargs)(x, rois)
+    fast = FastRoIAlign(**kwargs)
+    for layout in LAYOUTS:
+        close(
+            [fast(x.contiguous(memory_format=layout), rois)], [expected], 1e-5
+        )
+    low = x.bfloat16()  # pooled in float32, rounded at the end
+    expected = RoIAlign(**kwargs)(low.float(), rois).bfloat16()
+    close([fast(low, rois).float()], [expected.float()], 2**-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mini/mask-rcnn_fasternet-t0_fpn_nuclei.py',
+        'mini/retinanet_fasternet-t0_fpn_nuclei.py',
+        'mini/rtmdet_fasternet-t0_nuclei.py',
+        'fasternet/retinanet_fasternet-t0_fpn_1x_coco.py',
+    ],
+)
+def test_heads(name, layout, randomise):
+    model = randomise(build(name)).eval()
+    fast = optimize(model, memory_format=layout)
+    x = image(2, 3, 128, 96)
+    maps, fast_maps = model.extract_feat(x), fast.extract_feat(x)
+    close(fast_maps, maps, 1e-5)
+    if not hasattr(model, 'roi_head'):
+        found, expected = fast.bbox_head(maps), model.bbox_head(maps)
+    else:
+        found, expected = fast.rpn_head(maps), model.rpn_head(maps)
+        rois = torch.tensor([[0.0, 3, 5, 90, 70], [1, 10, 20, 30, 40]])
+        for kind in ('bbox', 'mask'):
+            a, b = (
+                getattr(m.roi_head, f'_{kind}_forward')(maps, rois)
+                for m in (fast, model)
+            )
+            for key, value in b.items():
+                if value is not None:
+                    close([a[key]], [value], 1e-5)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_precision_of_boxes(dtype, randomise):
+    """What boxes are decoded from is float32, and normalisation too."""
+    model = build('mini/mask-rcnn_fasternet-t0_fpn_nuclei.py')
+    fast = optimize(randomise(model).eval(), dtype)
+    assert fast.data_preprocessor.mean.dtype == torch.float32
+    maps = fast.extract_feat(image(1, 3, 64, 64))
+    assert {m.dtype for m in maps} == {dtype}
+    rois = torch.tensor([[0.0, 3, 5, 60, 50]])
+    regions = fast.roi_head.bbox_roi_extractor(maps, rois)
+    assert regions.dtype == dtype
+    for out in (*fast.rpn_head(maps), fast.roi_head.bbox_head(regions)):
+        assert {o.dtype for o in out} == {torch.float32}
+    (found,) = predict(fast, image(1, 3, 64, 64))
+    assert len(found) > 0
+    assert found.bboxes.dtype == torch.float32
+
+
+def test_other_pooling_reads_plain_memory(randomise):
+    """mmcv's RoIAlign takes channels_last maps for (N, C, H, W), silently."""
+    model = build('mini/mask-rcnn_fasternet-t0_fpn_nuclei.py')
+    for layer in model.roi_head.bbox_roi_extractor.roi_layers:
+        layer.sampling_ratio = 2  # more than a pixel apart: not ours to pool
+    model = randomise(model).eval()
+    maps = model.extract_feat(image(1, 3, 128, 128))
+    rois = torch.tensor([[0.0, 3, 5, 90, 70]])
+    expected = model.roi_head.bbox_roi_extractor(maps, rois)
+    maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
+    found = optimize(model).roi_head.bbox_roi_extractor(maps, rois)
+    close([found], [expected], 1e-5)
+
+
+def test_shared_layers_stay_shared():
+    model = build('fasternet/retinanet_fasternet-t0_fpn_1x_coco.py').eval()
+    model.bbox_head.twin = model.bbox_head.cls_convs[0]
+    fast = optimize(model)
+    assert fast.bbox_head.twin is fast.bbox_head.cls_convs[0]
+
+
+def test_compiled(randomise):
+    model = randomise(FasterNet('t0')).eval()
+    x = image(1, 3, 64, 64)
+    with torch.no_grad():
+        close(optimize(model, compile=True)(x), model(x), 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.int8, torch.float64])
+def test_other_dtypes(dtype):
+    with pytest.raises(ValueError, match=f'compute in {dtype} on cpu, .*bfl'):
+        optimize(FasterNet('t0').eval(), dtype)
+
+
+def test_low_precision_of_unknown_heads():
+    model = build('mini/mask-rcnn_fasternet-t0_fpn_nuclei.py').eval()
+
+    class OtherRoIHead(type(model.roi_head)):
+        pass
+
+    model.roi_head.__class__ = OtherRoIHead
+    optimize(model)
+    with pytest.raises(ValueError, match='RoI head OtherRoIHead in .*bfloat'):
+        optimize(model, torch.bfloat16)
+
+
+def test_twice():
+    fast = optimize(FasterNet('t0').eval())
+    with pytest.raises(ValueError, match='folded already'):
+        optimize(fast)
+    with pytest.raises(ValueError, match='in train mode'):
+        optimize(FasterNet('t0'))
