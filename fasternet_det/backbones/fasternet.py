@@ -2,7 +2,16 @@
 
 import re
 from contextlib import contextmanager, nullcontext
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import (
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 import torch
@@ -66,6 +75,8 @@ class PartialConv(nn.Module):
             Tensor: A new map of shape (N, C, H, W); ``x`` keeps its values.
         """
         x1, x2 = x.split((self.dim_conv3, self.dim_untouched), dim=1)
+        if x.requires_grad:
+            x1 = x1.clone()  # a view would keep all of x for the backward pass
         return torch.cat((self.partial_conv3(x1), x2), dim=1)
 
 
@@ -113,8 +124,30 @@ class FasterNetBlock(BaseModule):
         )
         self.with_cp = with_cp
 
+    def _recompute(
+        self, function: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """Call a function, without storing what its backward pass needs."""
+        return cp.checkpoint(
+            function,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _kept_statistics(self)),
+        )
+
     def _residual(self, x: Tensor) -> Tensor:
-        out = self.mlp(self.spatial_mixing(x))
+        out = self.mlp[0](self.spatial_mixing(x))
+        # Norm and activation are cheap to recompute, and their outputs most
+        # of a block's memory. SyncBN would communicate once more.
+        if (
+            out.requires_grad
+            and not self.with_cp
+            and type(self.mlp[1]) is nn.BatchNorm2d
+            and not torch.compiler.is_compiling()
+        ):
+            out = self._recompute(self.mlp[1:], out)
+        else:
+            out = self.mlp[1:](out)
         if self.layer_scale is not None:
             out = self.layer_scale[:, None, None] * out
         return x + self.drop_path(out)
@@ -122,12 +155,7 @@ class FasterNetBlock(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, H, W)."""
         if self.with_cp and torch.is_grad_enabled():
-            return cp.checkpoint(
-                self._residual,
-                x,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), _kept_statistics(self)),
-            )
+            return self._recompute(self._residual, x)
         return self._residual(x)
 
 

@@ -13,7 +13,6 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from fasternet_det import FasterNet
-from fasternet_det.backbones.fasternet import BasicStage
 from fasternet_det.deploy import fold, optimize
 from fasternet_det.deploy.operators import (
     KEPT_SHAPES,
