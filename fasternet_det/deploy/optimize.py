@@ -1,7 +1,7 @@
 """The fast form of a FasterNet, or of a detector with one."""
 
 from functools import partial
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 import torch.nn as nn
@@ -142,6 +142,18 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
         )
 
 
+def _predictors(head: nn.Module) -> Iterator[nn.Module]:
+    """The layers that give scores and deltas, by mmdet's names for them.
+
+    Rounded to bfloat16, many scores are equal, and NMS keeps other boxes.
+    """
+    for name, child in head.named_children():
+        if name.endswith(('_cls', '_reg')):
+            for layer in child.modules():
+                if hasattr(layer, 'weight'):
+                    yield layer
+
+
 def _set_precision(model: nn.Module, to: Dict[str, Any]) -> None:
     """Compute in a dtype and memory format, but for boxes and pooling."""
     for name, child in model.named_children():
@@ -153,6 +165,9 @@ def _set_precision(model: nn.Module, to: Dict[str, Any]) -> None:
             module.register_forward_pre_hook(partial(_cast_input, **to))
         if isinstance(module, HEADS):
             module.register_forward_hook(partial(_cast_output, **boxes))
+            for layer in _predictors(module):
+                layer.to(torch.float32)
+                layer.register_forward_pre_hook(partial(_cast_input, **boxes))
         if isinstance(module, BaseRoIExtractor) and not _fuse_pooling(module):
             # mmcv's RoIAlign reads any memory as (N, C, H, W).
             plain = boxes | dict(memory_format=torch.contiguous_format)
@@ -180,7 +195,7 @@ def optimize(
             in eval mode. It is left as it is.
         dtype (torch.dtype): In which to compute: float32 (outputs equal the
             model's to 1e-5 relative), bfloat16, or float16 on CUDA. Boxes are
-            decoded, suppressed and pooled from in float32 anyway.
+            predicted, decoded, suppressed and pooled from in float32 anyway.
             Defaults to float32.
         memory_format (torch.memory_format): Layout of the maps.
             Defaults to ``torch.channels_last``.
