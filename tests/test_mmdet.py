@@ -17,6 +17,7 @@ from mmengine.utils import get_installed_path
 from modelindex.load_model_index import load
 
 from fasternet_det.checkpoint import read_checkpoint
+from fasternet_det.deploy import optimize
 
 MMDET_TOOLS = Path(get_installed_path('mmdet'), '.mim', 'tools')
 
@@ -51,15 +52,42 @@ def test_train_learns(history):
     assert history[-1]['coco/bbox_mAP'] > 0.15
 
 
-def test_test_scores_as_train_did(trained, history, project, config):
+def score(project, config, checkpoint, work_dir, *options):
+    """Run test.py; return what it reports."""
     project(
-        *(MMDET_TOOLS / 'test.py', config, trained / 'iter_60.pth'),
-        *('--work-dir', 'tested'),
+        *(MMDET_TOOLS / 'test.py', config, checkpoint),
+        *('--work-dir', work_dir, *options),
     )
-    path = max((project.folder / 'tested').glob('2*/2*.json'))
-    tested = json.loads(path.read_text())
-    for key in ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/bbox_mAP_75'):
+    path = max((project.folder / work_dir).glob('2*/2*.json'))
+    return json.loads(path.read_text())
+
+
+APS = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/bbox_mAP_75')
+
+
+def test_test_scores_as_train_did(trained, history, project, config):
+    tested = score(project, config, trained / 'iter_60.pth', 'tested')
+    for key in APS:
         assert tested[key] == history[-1][key]
+
+
+@pytest.mark.parametrize(
+    'dtype, tolerance', [('float32', 0.001), ('bfloat16', 0.03)]
+)
+def test_test_of_the_fast_form(
+    dtype, tolerance, trained, history, project, config
+):
+    """bfloat16 rounds, and one nucleus of the 27 is much to so few."""
+    options = (
+        "custom_imports.imports=['fasternet_det.deploy']",
+        f"custom_hooks=[dict(type='OptimizeHook',dtype='{dtype}')]",
+    )
+    tested = score(
+        *(project, config, trained / 'iter_60.pth', f'tested_{dtype}'),
+        *('--cfg-options', *options),
+    )
+    for key in APS:
+        assert abs(tested[key] - history[-1][key]) <= tolerance
 
 
 def test_resume(trained, project, config):
@@ -92,6 +120,14 @@ def test_inference(trained, project, config):
     again = inferencer(image, no_save_vis=True)['predictions'][0]
     np.testing.assert_allclose(again['bboxes'], found.bboxes, atol=1e-3)
     np.testing.assert_allclose(again['scores'], found.scores, atol=1e-5)
+    # and the fast form
+    fast = inference_detector(optimize(model), image).pred_instances
+    np.testing.assert_allclose(fast.bboxes, found.bboxes, atol=1e-3)
+    np.testing.assert_allclose(fast.scores, found.scores, atol=1e-5)
+    inferencer.model = optimize(inferencer.model)
+    again = inferencer(image, no_save_vis=True)['predictions'][0]
+    np.testing.assert_allclose(again['bboxes'], fast.bboxes, atol=1e-3)
+    np.testing.assert_allclose(again['scores'], fast.scores, atol=1e-5)
 
 
 def test_importing_us_is_what_makes_checkpoints_load(trained, project):

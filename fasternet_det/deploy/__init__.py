@@ -1,4 +1,5 @@
 from .fold import fold
+from .hook import OptimizeHook
 from .optimize import optimize
 
-__all__ = ['fold', 'optimize']
+__all__ = ['OptimizeHook', 'fold', 'optimize']

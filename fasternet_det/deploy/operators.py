@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.ops import RoIAlign
+from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor
 
@@ -246,6 +247,29 @@ class InPlaceBlock(nn.Module):
                 for m in maps
             )
         )
+
+
+class FastRPNHead(RPNHead):
+    """An RPNHead whose predictors read tiles of rows that stay in cache.
+
+    Under bfloat16 they cast their input to float32.
+    """
+
+    def forward_single(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Predict a level.
+
+        Args:
+            x (Tensor): Map of shape (N, C, H, W).
+
+        Returns:
+            tuple[Tensor]: Scores and deltas of the A anchors at each pixel,
+            of shape (N, A, H, W) and (N, 4A, H, W).
+        """
+        x = self.rpn_conv(x)
+        tiles = x.split(-(-x.shape[2] // -(-4 * x.numel() // TILE)), dim=2)
+        scores = torch.cat([self.rpn_cls(tile) for tile in tiles], dim=2)
+        deltas = torch.cat([self.rpn_reg(tile) for tile in tiles], dim=2)
+        return scores, deltas
 
 
 class FastRoIAlign(RoIAlign):

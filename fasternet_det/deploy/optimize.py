@@ -9,6 +9,7 @@ from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.wrappers import Conv2d
 from mmcv.ops import RoIAlign
 from mmdet.models import CascadeRoIHead, SingleStageDetector, StandardRoIHead
+from mmdet.models.dense_heads import RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.necks import FPN
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
@@ -25,6 +26,7 @@ from .fold import fold
 from .operators import (
     FastRoIAlign,
     FastRoIExtractor,
+    FastRPNHead,
     FusedConv2d,
     FusedLinear,
     FusedUpsample,
@@ -100,6 +102,13 @@ def _cast_output(
     module: nn.Module, args: tuple, output: Any, **to: Any
 ) -> Any:
     return _cast(output, **to)
+
+
+def _fuse_rpn(head: nn.Module) -> None:
+    """Let an RPN head predict by our operators, where it can."""
+    if type(head) is RPNHead and _is_plain(head.rpn_conv):
+        head.__class__ = FastRPNHead
+        head.rpn_conv = FusedConv2d(head.rpn_conv, nn.ReLU())
 
 
 def _fuse_pooling(extractor: SingleRoIExtractor) -> bool:
@@ -217,6 +226,7 @@ def optimize(
             if isinstance(module, (FasterNet, FPN, *HEADS)):
                 module.compile()
     else:
+        _fuse_rpn(getattr(model, 'rpn_head', None))
         _fuse(model, {})
     _set_precision(model, dict(dtype=dtype, memory_format=memory_format))
     return model.requires_grad_(False)

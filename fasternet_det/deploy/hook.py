@@ -1,0 +1,38 @@
+"""The fast form in mmengine's test loop."""
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from .optimize import optimize
+
+
+@HOOKS.register_module()
+class OptimizeHook(Hook):
+    """Test the fast form of the model, as :func:`optimize` makes it.
+
+    Args:
+        dtype (str): Name of a torch dtype, such as 'bfloat16'. Defaults to
+            'float32'.
+        compile (bool): Whether to use ``torch.compile``. Defaults to False.
+
+    Raises:
+        ValueError: If there is no such dtype, or the model cannot be
+            optimised.
+    """
+
+    def __init__(self, dtype: str = 'float32', compile: bool = False) -> None:
+        self.dtype = getattr(torch, dtype, None)
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(
+                f'dtype={dtype!r} is not the name of a torch dtype, such as '
+                "'float32' or 'bfloat16'"
+            )
+        self.compile = compile
+
+    def before_test(self, runner: Runner) -> None:
+        """Replace the model of a runner, which has its weights by now."""
+        runner.model = optimize(
+            runner.model.eval(), self.dtype, compile=self.compile
+        )
