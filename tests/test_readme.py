@@ -43,6 +43,19 @@ def test_every_command_is_run_somewhere():
         # test_mmdet.py and test_downstream.py
         'python -m fasternet_det.datasets.nuclei data/nuclei',
         'python tools/train.py my_config.py',
+        # test_mmdet.py, with mmdet's own test.py
+        'python tools/test.py my_config.py work_dirs/my_config/epoch_12.pth '
+        '--cfg-options custom_imports.imports="[fasternet_det.deploy]" '
+        "custom_hooks=\"[dict(type='OptimizeHook', dtype='bfloat16')]\"",
+        # test_benchmark, with smaller images
+        'python tools/benchmark.py goals --out work_dirs/benchmark',
+        "pip install '.[deploy]'",  # test_install
+        # test_export_tool
+        *(
+            'python tools/export.py my_config.py '
+            f'work_dirs/my_config/epoch_12.pth --format {format}'
+            for format in ('onnx', 'openvino', 'onnx --int8 --evaluate')
+        ),
         # test_convert_checkpoint, test_get_flops
         'python tools/convert_checkpoint.py fasternet_t0.pth '
         'fasternet_t0.safetensors --layout timm',
@@ -73,7 +86,7 @@ def test_install_keeps_what_is_there():
     """With all of it installed, torch above all, pip adds but us."""
     commands = re.findall(r'^pip (install .*)$', README, re.M)
     commands.append('install .')
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         said = sh(f'python -m pip {command} --dry-run', cwd=ROOT)
         added = re.findall(r'Would install (.*)', said)

@@ -1,0 +1,331 @@
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.structures import InstanceData
+from torch.utils.flop_counter import FlopCounterMode
+
+from fasternet_det import FasterNet
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'tools'))
+import benchmark  # noqa: E402
+import benchmark_measure  # noqa: E402
+import benchmark_models  # noqa: E402
+import get_flops  # noqa: E402
+
+RETINANET = str(
+    ROOT / 'configs/fasternet/retinanet_fasternet-t0_fpn_1x_coco.py'
+)
+MASK_RCNN = str(
+    ROOT / 'configs/fasternet/mask-rcnn_fasternet-t0_fpn_1x_coco.py'
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Small yardsticks, and one thread."""
+    monkeypatch.setattr(benchmark_measure, 'MATMULS', ((64, 64, 64),))
+    monkeypatch.setattr(benchmark_measure, 'BANDWIDTH_BYTES', 2**20)
+    monkeypatch.setattr(benchmark_measure, 'TURN_SECONDS', 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # whatever else runs
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr('sys.argv', ['benchmark.py', *map(str, argv)])
+    benchmark.main()
+
+
+def test_models(monkeypatch, capsys, tmp_path):
+    forms = ['original', 'fold', 'channels_last', 'optimize', 'optimize,bf16']
+    sides = [f'fasternet-t0:{form}' for form in forms] + ['resnet-18']
+    run(
+        monkeypatch,
+        *('models', *sides, '--size', 64, 96, '--batch', 2, '--rounds', 2),
+        *('--threads', 1, '--out', tmp_path),
+    )
+    result = json.loads((tmp_path / 'models.json').read_text())
+    rows = result['rows']
+    assert [row['label'] for row in rows] == sides
+    assert (result['size'], result['batch']) == ([64, 96], 2)
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        FasterNet('t0').eval()(torch.empty(2, 3, 64, 96))
+    params = sum(p.numel() for p in FasterNet('t0').parameters())
+    for row in rows[:5]:
+        assert row['flops'] == counter.get_total_flops() // 2
+        assert row['params'] == params
+        assert row['reported'] == 71.9
+    assert rows[0]['ratio'] == [1, 1, 1]
+    assert rows[0]['difference'] is None and rows[5]['difference'] is None
+    for row in rows[1:4]:
+        assert row['difference'] < 1e-5
+    assert 1e-4 < rows[4]['difference'] < 0.1  # bf16
+    for row in rows:
+        low, median, high = row['seconds']
+        assert 0 < low <= median <= high
+        assert row['images_per_second'] == pytest.approx(2 / median)
+        assert row['flop_per_second'] == pytest.approx(
+            2 * row['flops'] / median
+        )
+        assert row['peak_memory'] > 0
+        assert row['traffic'] > 4 * row['params'] / 2
+        assert any('conv' in op['name'] for op in row['operators'])
+    # Fewer operators, less traffic; half the bytes, less still.
+    assert rows[0]['traffic'] > rows[3]['traffic'] > rows[4]['traffic']
+    assert result['peaks'].keys() == {'float32', 'bfloat16'}
+    assert result['machine']['versions']['torch'] == torch.__version__
+    text = (tmp_path / 'models.md').read_text()
+    assert all(f'| {side} |' in text for side in sides)
+    assert 0 < (tmp_path / 'models.png').stat().st_size < 150_000
+    assert 'fasternet-t0:optimize,bf16' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_runtimes(runtime, tmp_path):
+    pytest.importorskip('onnxscript')
+    pytest.importorskip(runtime)
+    sides = ['fasternet-t0', f'fasternet-t0@{runtime}']
+    rows = benchmark.measure(sides, (64, 64), threads=1, rounds=1)['rows']
+    assert rows[1]['difference'] < 1e-4
+    assert rows[1]['peak_memory'] is None
+
+
+def test_detector():
+    sides = [f'{RETINANET}:original', f'{RETINANET}:fold']
+    result = benchmark.measure(sides, (128, 128), rounds=1, profiled=False)
+    first, second = result['rows']
+    assert second['difference'] < 1e-5 and second['agreement'] >= 0.99
+    assert first['detections'] == second['detections']
+    assert 20 <= first['detections'][0] <= 100
+    counted = get_flops.count_detector(RETINANET, (128, 128))
+    assert (first['params'], first['flops']) == counted
+
+
+@torch.no_grad()
+def test_mask_rcnn(tmp_path):
+    model = benchmark_models.build_model(MASK_RCNN, (128, 128), 1)
+    first, folded, other = (
+        benchmark_models.build_side(
+            benchmark_models.parse(MASK_RCNN + form), model, 1, tmp_path
+        )
+        for form in (':original', ':fold', ':channels_last')
+    )
+    rows = benchmark.compare([first, folded])
+    assert rows[1]['difference'] < 1e-5 and rows[1]['agreement'] >= 0.99
+    assert rows[0]['detections'] == rows[1]['detections'] == [100]
+    # mmcv's RoIAlign takes any memory for contiguous, and says nothing.
+    with pytest.raises(ValueError, match='of which .* are those of the first'):
+        benchmark.compare([first, other])
+
+
+def test_wrong_weights_are_refused(monkeypatch):
+    def broken(model):
+        model = copy.deepcopy(model)
+        model.stages[6].blocks[1].mlp[3].weight.data[0] += 1
+        return model
+
+    monkeypatch.setattr(benchmark_models, 'fold', broken)
+    with pytest.raises(ValueError, match='t0:fold does not compute what the'):
+        benchmark.measure(
+            ['fasternet-t0', 'fasternet-t0:fold'], (64, 64), rounds=1
+        )
+
+
+def test_agreement():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
+    first = InstanceData(
+        bboxes=boxes,
+        scores=torch.tensor([0.9, 0.8]),
+        labels=torch.tensor([1, 2]),
+        masks=torch.ones(2, 8, 8, dtype=torch.bool),
+    )
+    assert benchmark.agreement(first, first) == 1
+    assert benchmark.agreement(first[[1, 0]], first) == 1
+    assert benchmark.agreement(first[:1], first) == 0.5
+    assert benchmark.agreement(first[:0], first) == 0
+    for key, value in (
+        ('bboxes', boxes + torch.tensor([[0.0], [5]])),
+        ('scores', torch.tensor([0.9, 0.7])),
+        ('labels', torch.tensor([1, 3])),
+        ('masks', first.masks & torch.tensor([True, False])[:, None, None]),
+    ):
+        other = copy.copy(first)
+        other[key] = value
+        assert benchmark.agreement(other, first) == 0.5, key
+
+
+def test_original_is_ours(randomise):
+    model = randomise(FasterNet('t2', layer_scale_init_value=1))
+    original = benchmark_models.as_original(model)
+    assert (
+        type(model.stages[0].blocks[0]) is not benchmark_models.OriginalBlock
+    )
+    x = torch.randn(2, 3, 64, 64)
+    for a, b in zip(original.eval()(x), model.eval()(x)):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_timm_is_ours():
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError):
+        pytest.skip('no timm that works')
+    sides = ['fasternet-t0', 'timm-fasternet-t0']
+    rows = benchmark.measure(sides, (64, 64), rounds=1)['rows']
+    assert rows[1]['difference'] < 1e-5
+
+
+def test_turns_alternate():
+    turns = []
+    runs = [lambda n=name: turns.append(n) for name in 'abc']
+    times = benchmark_measure.alternate(runs, 4)
+    assert ''.join(turns) == 'abc' * 6  # two of them untimed
+    assert [len(series) for series in times] == [4] * 3
+
+
+def test_memory_and_traffic():
+    def allocate():
+        a = torch.empty(1000, 1000)
+        b = torch.empty(2000, 1000)
+        del a
+        return b, torch.empty(500, 1000)
+
+    assert benchmark_measure.peak_memory(allocate) == 12_000_000
+    x = torch.zeros(10, 10)
+    assert benchmark_measure.count_traffic(lambda: x + x.t()) == 3 * 400
+
+
+def test_difference():
+    x = torch.tensor([1.0, -2.0])
+    assert benchmark_measure.difference([x + 0.5, x], [x, x]) == 0.25
+    with pytest.raises(ValueError, match=r'shapes \[\(1,\)\], expected'):
+        benchmark_measure.difference([x[:1]], [x])
+    with pytest.raises(ValueError, match='not finite'):
+        benchmark_measure.difference([x / 0], [x])
+
+
+def test_training(monkeypatch, tmp_path):
+    run(
+        monkeypatch,
+        *('training', RETINANET, '--size', 64, 64, '--rounds', 1),
+        *('--out', tmp_path),
+    )
+    rows = json.loads((tmp_path / 'training.json').read_text())['rows']
+    assert [r['side'] for r in rows] == ['original', 'ours', 'ours, with_cp']
+    for row in rows:
+        assert row['loss'] == pytest.approx(rows[0]['loss'], rel=1e-5)
+        assert row['difference'] < 1e-4
+        # weights and both moments of AdamW
+        assert row['held'] >= 3 * 4 * 11.9e6
+        assert row['peak_memory'] > row['held']
+
+
+def test_operators(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, 'PAPER_MAPS', ((64, 6),))
+    run(monkeypatch, 'operators', '--rounds', 1, '--out', tmp_path)
+    rows = json.loads((tmp_path / 'operators.json').read_text())['rows']
+    flops = {row['operator']: row['flops'] for row in rows}
+    pconv = flops.pop('PConv, r = 1/4')
+    assert pconv == 10 * 9 * 16 * 16 * 6 * 6
+    assert flops.pop('regular') == 16 * pconv
+    assert flops.pop('depthwise') == pconv * 4 // 16
+    assert set(flops.values()) == {pconv}
+
+
+def test_scaling_and_report(monkeypatch, tmp_path):
+    command = ['scaling', 'fasternet-t0', '--rounds', 1, '--out', tmp_path]
+    run(monkeypatch, *command, '--sizes', '64x64', '64x128', '--batches', 1, 2)
+    path = tmp_path / 'scaling.json'
+    result = json.loads(path.read_text())
+    points = [(p['size'], p['batch']) for p in result['points']]
+    assert points == [([64, 64], 1), ([64, 128], 1), ([64, 64], 2)]
+    page = tmp_path / 'page.md'
+    run(monkeypatch, 'report', tmp_path, '--out', page)
+    text = page.read_text()
+    assert (
+        '| side | 64x64, batch 1 | 64x128, batch 1 | 64x64, batch 2 |' in text
+    )
+    assert result['machine']['cpu'] in text and str(tmp_path) not in text
+    assert (tmp_path / 'page_scaling.png').stat().st_size < 150_000
+    result['machine']['cores'] += 1
+    (tmp_path / 'other.json').write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match='2'):
+        run(monkeypatch, 'report', tmp_path, '--out', page)
+
+
+def test_goals():
+    operators = [
+        dict(name='conv', shapes=[[1, 2]], calls=1, seconds=1.0, share=1.0)
+    ]
+
+    def row(ratio, seconds=1.0, **others):
+        return dict(
+            ratio=[ratio] * 3,
+            seconds=[seconds] * 3,
+            operators=operators,
+            **others,
+        )
+
+    size = [8, 9]
+    first = row(1)
+    runs = {
+        'backbone-s': dict(
+            size=size,
+            rows=[first, row(1.6, peak_share=0.79), row(7), row(2, 1.5)],
+        ),
+        'backbone-t0': dict(size=size, rows=[first, row(1.29)]),
+        'mask-rcnn-s': dict(size=size, rows=[first, first, row(4.1)]),
+        'mask-rcnn-t0': dict(size=size, rows=[first, first, row(3.9)]),
+        'training': dict(
+            size=size,
+            rows=[
+                first,
+                row(1, memory_ratio=0.85, beyond_ratio=0.8, side='ours'),
+                row(0.9, memory_ratio=0.7, beyond_ratio=0.5, side='with_cp'),
+            ],
+        ),
+    }
+    rows = benchmark.judge(runs)
+    assert [row['reached'] for row in rows] == [
+        *(True, False, True, True),  # backbone S
+        *(False, True, False),
+        *(True, True, False),  # training
+    ]
+    assert rows[1]['value'] == '79%' and rows[3]['value'] == '1.50x'
+    runs['backbone-s']['rows'].pop()
+    assert not benchmark.judge(runs)[3]['reached']
+    result = dict(kind='goals', rows=rows, runs={})
+    text = benchmark.to_markdown(result)
+    assert text.count('| yes |') == 6 and text.count('| no |') == 4
+    assert '| `conv` | 1x2 | 1 | 1000.0 | 100% |' in text
+
+
+@pytest.mark.parametrize(
+    'side, message',
+    [
+        ('fasternet-x', "'fasternet-x' is neither a config of a detector nor"),
+        ('fasternet-t0:fats', "the option 'fats' is not one of original, "),
+        ('fasternet-t0@tvm', "the runtime 'tvm' is not one of torch, "),
+        ('fasternet-t0:', 'is not NAME[@RUNTIME][:option,...]'),
+        ('fasternet-t0:int8', 'int8 is of the runtimes onnxruntime and'),
+        ('fasternet-t0@openvino:fold', 'of the options only bf16 and int8'),
+        ('fasternet-t0@onnxruntime:bf16', 'ONNX Runtime has no bf16'),
+        ('fasternet-t0:optimize,fold', 'optimize folds'),
+        (f'{RETINANET}:bf16', 'bf16 and compile go with optimize'),
+    ],
+)
+def test_one_clear_error(monkeypatch, capsys, tmp_path, side, message):
+    with pytest.raises(SystemExit, match='2'):
+        run(
+            monkeypatch,
+            *('models', side, '--size', 64, 64, '--out', tmp_path / 'new'),
+        )
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('benchmark.py: error: ') and message in error
+    assert not (tmp_path / 'new').exists()
