@@ -51,6 +51,8 @@ setup(
             'pycocotools',
             'setuptools<82',  # mmengine imports pkg_resources
         ],
+        # export to ONNX and OpenVINO, and what runs it
+        'deploy': ['onnx', 'onnxruntime', 'onnxscript', 'openvino'],
         'tests': [
             'pytest',
             'ruff',

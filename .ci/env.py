@@ -160,7 +160,7 @@ def make():
         say('The kept wheel of mmcv does not fit this torch: building anew')
         install('--no-cache-dir', '--force-reinstall', '--no-deps', *build)
     say('Installing mmdet and fasternet_det (1 minute)')
-    install('--no-build-isolation', '-e', '.[mmdet,tests]')
+    install('--no-build-isolation', '-e', '.[mmdet,deploy,tests]')
     # By its own requirements, openmim would bring setuptools 60.
     install('--no-deps', 'openmim')
     say('Proving it: mmcv.ops.nms, and a Mask R-CNN with FasterNet-T0')

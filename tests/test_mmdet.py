@@ -79,8 +79,8 @@ def test_test_of_the_fast_form(
 ):
     """bfloat16 rounds, and one nucleus of the 27 is much to so few."""
     options = (
-        "custom_imports.imports=['fasternet_det.deploy']",
-        f"custom_hooks=[dict(type='OptimizeHook',dtype='{dtype}')]",
+        'custom_imports.imports=[fasternet_det.deploy]',
+        f"custom_hooks=[dict(type='OptimizeHook', dtype='{dtype}')]",
     )
     tested = score(
         *(project, config, trained / 'iter_60.pth', f'tested_{dtype}'),

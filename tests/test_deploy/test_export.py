@@ -1,0 +1,399 @@
+import copy
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+import torch
+from fill import fill_input
+from mmdet.apis import init_detector
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.utils import get_installed_path
+
+from fasternet_det import FasterNet
+from fasternet_det.deploy import fold
+from fasternet_det.deploy.end_to_end import end_to_end
+from fasternet_det.deploy.evaluate import (
+    ExportedDetector,
+    calibration_images,
+    evaluate,
+)
+from fasternet_det.deploy.export import export, load
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+MMDET_TOOLS = Path(get_installed_path('mmdet'), '.mim', 'tools')
+RETINANET = 'mini/retinanet_fasternet-t0_fpn_nuclei.py'
+MASK_RCNN = 'mini/mask-rcnn_fasternet-t0_fpn_nuclei.py'
+RUNTIMES = ('onnxruntime', 'openvino')
+
+
+def nbytes(model):
+    return sum(v.numel() * v.element_size() for v in model.parameters())
+
+
+def samples(images):
+    """What mmdet knows of a batch that is neither resized nor padded."""
+    shape = tuple(images.shape[2:])
+    metainfo = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
+    return [DetDataSample(metainfo=metainfo) for _ in images]
+
+
+def compare(exported, model, images):
+    """Compare detections; return how many there are, by image."""
+    with torch.no_grad():
+        expected = model.predict(images, samples(images))
+    counts = []
+    for a, b in zip(
+        exported.predict(images, samples(images)), expected, strict=True
+    ):
+        a, b = a.pred_instances, b.pred_instances
+        assert torch.equal(a.labels, b.labels)
+        torch.testing.assert_close(a.bboxes, b.bboxes, atol=1e-3, rtol=0)
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-4, rtol=0)
+        if 'masks' in b:
+            assert (a.masks != b.masks).float().mean() < 1e-3
+        counts.append(len(b))
+    return counts
+
+
+# ---- backbone
+
+
+@pytest.fixture(scope='module', params=['t0', 't2'])
+def backbone(request, filled, tmp_path_factory):
+    """A backbone with randomised BatchNorms, and its export."""
+    model = FasterNet(request.param, layer_scale_init_value=1)
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    model.load_state_dict(filled(shapes))
+    path = tmp_path_factory.mktemp(request.param) / 'a.onnx'
+    export(model.eval(), path)
+    return model, path
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
+@pytest.mark.parametrize(
+    'shape',
+    [(1, 3, 64, 96), (2, 3, 128, 128), (1, 3, 70, 101), (3, 3, 33, 32)],
+)
+def test_maps(shape, runtime, backbone):
+    model, path = backbone
+    images = torch.from_numpy(fill_input(0, shape))
+    found = load(path, runtime, threads=2)(images.numpy())
+    with torch.no_grad():
+        expected = model(images)
+    for a, b in zip(found, expected, strict=True):
+        b = b.numpy()
+        assert a.shape == b.shape and a.dtype == np.float32
+        assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
+def test_file(backbone):
+    model, path = backbone
+    # 1.01 times the weights and 1 MB are asked for: no metadata bloats it.
+    assert path.stat().st_size <= 1.001 * nbytes(model) + 50e3
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [('', 20)]
+    blocks = sum(len(model.stages[i].blocks) for i in (0, 2, 4, 6))
+    act = 'Gelu' if 'Gelu' in str(proto.graph.node) else 'Relu'
+    counts = Counter(node.op_type for node in proto.graph.node)
+    # 8 nodes a block, layer scale included
+    assert counts == dict(
+        Conv=3 * blocks + 4,
+        Split=blocks,
+        Concat=blocks,
+        Mul=blocks,
+        Add=blocks,
+        BatchNormalization=4,
+        **{act: blocks},
+    )
+    assert str(Path.cwd()).encode() not in path.read_bytes()
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param or d.dim_value for d in dims] == [
+        *('batch', 3, 'height', 'width')
+    ]
+
+
+def test_bf16(backbone):
+    model, path = backbone
+    images = torch.from_numpy(fill_input(0, (1, 3, 64, 96)))
+    found = load(path, 'openvino', precision='bf16')
+    with torch.no_grad():
+        for a, b in zip(found(images.numpy()), model(images), strict=True):
+            assert np.abs(a - b.numpy()).max() <= 0.05 * b.abs().max()
+
+
+def test_classifier(randomise, tmp_path):
+    model = randomise(FasterNet('t0', fork_feat=False)).eval()
+    export(model, tmp_path / 'a.onnx')
+    images = torch.from_numpy(fill_input(0, (2, 3, 64, 64)))
+    (found,) = load(tmp_path / 'a.onnx')(images.numpy())
+    expected = model(images).detach().numpy()
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+# ---- detectors
+
+
+@pytest.fixture(scope='module')
+def retinanet(project):
+    """Config and model, trained for 40 iterations by mmdet's train.py."""
+    config = project.configs / RETINANET
+    project(
+        *(MMDET_TOOLS / 'train.py', config, '--work-dir', 'retinanet'),
+        *('--cfg-options', 'train_cfg.max_iters=40'),
+        *('train_cfg.val_interval=40', 'param_scheduler.1.end=40'),
+    )
+    config = Config.fromfile(config)
+    checkpoint = str(project.folder / 'retinanet' / 'iter_40.pth')
+    return config, init_detector(config, checkpoint, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def exported(retinanet, tmp_path_factory):
+    """Exports of the RetinaNet by runtime."""
+    folder = tmp_path_factory.mktemp('retinanet')
+    paths = [folder / 'a.onnx', folder / 'a.xml']
+    for path in paths:
+        export(retinanet[1], path, dict(mean=[1, 2.5], classes=('nucleus',)))
+    assert {p.name for p in folder.iterdir()} == {'a.onnx', 'a.xml', 'a.bin'}
+    return dict(zip(RUNTIMES, paths))
+
+
+@pytest.fixture
+def tiles(retinanet, project, monkeypatch):
+    """Two training tiles as the detector gets them, (2, 3, 256, 256)."""
+    monkeypatch.chdir(project.folder)
+    images = list(calibration_images(retinanet[0], 2))
+    return torch.from_numpy(np.concatenate(images))
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_detections(runtime, retinanet, exported, tiles):
+    model = retinanet[1]
+    session = ExportedDetector(load(exported[runtime], runtime), None)
+    assert min(compare(session, model, tiles)) > 5
+    assert compare(session, model, tiles[:1, :, :160, :224])[0] > 5
+    assert compare(session, model, tiles[1:, :, 20:221, 30:233])[0] > 5
+
+
+def test_standard_operators_only(retinanet, exported):
+    path = exported['onnxruntime']
+    assert path.stat().st_size <= 1.01 * nbytes(retinanet[1]) + 1e6
+    proto = onnx.load(path)
+    assert {node.domain for node in proto.graph.node} == {''}
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert kinds['NonMaxSuppression'] == 1
+    assert not {'ScatterND', 'ScatterElements', 'Loop', 'If'} & kinds.keys()
+
+
+def test_metadata(exported):
+    proto = onnx.load(exported['onnxruntime'])
+    notes = {p.key: p.value for p in proto.metadata_props}
+    assert notes == dict(mean='[1, 2.5]', classes='["nucleus"]')
+    read = openvino.Core().read_model(exported['openvino'])
+    assert read.get_rt_info(['model_info', 'mean']).value == '[1, 2.5]'
+
+
+def test_ap(retinanet, exported, project, monkeypatch):
+    """COCO AP: the same by all runtimes, and near that in INT8."""
+    monkeypatch.chdir(project.folder)
+    config, model = retinanet
+    scores = evaluate(config, model)
+    assert scores['coco/bbox_mAP'] > 0.05
+
+    def score(path, runtime):
+        session = load(path, runtime)
+        detector = ExportedDetector(session, config.model.data_preprocessor)
+        return evaluate(config, detector)
+
+    for runtime, path in exported.items():
+        for key, value in score(path, runtime).items():
+            assert abs(value - scores[key]) <= 1e-3, (runtime, key)
+
+    path = exported['onnxruntime']
+    int8 = path.with_name('int8.onnx')
+    export(model, int8, calibration=calibration_images(config, 8))
+    assert int8.stat().st_size < 0.35 * path.stat().st_size
+    for runtime in RUNTIMES:
+        found = score(int8, runtime)['coco/bbox_mAP_50']
+        assert abs(found - scores['coco/bbox_mAP_50']) < 0.1
+    floats = {
+        weight.name.removeprefix('detector.')
+        for weight in onnx.load(int8).graph.initializer
+        if weight.data_type == onnx.TensorProto.FLOAT
+        and weight.name.endswith('.weight')
+    }
+    last = ('retina_cls', 'retina_reg')
+    assert floats == {f'bbox_head.{name}.weight' for name in last}
+
+
+def test_boxes_are_clipped_to_the_image(retinanet, exported, tiles):
+    """A padded batch: boxes end where the image does."""
+    padded = torch.nn.functional.pad(tiles[:1, :, :, :200], (0, 56))
+    (sample,) = samples(padded)
+    sample.set_metainfo(dict(img_shape=(256, 200), scale_factor=(2.0, 0.5)))
+    session = ExportedDetector(load(exported['onnxruntime']), None)
+    (found,) = session.predict(padded, [sample])
+    corners = found.pred_instances.bboxes.view(-1, 2, 2)
+    assert corners[..., 0].max() == 100
+    assert 400 < corners[..., 1].max() <= 512
+
+
+def test_nothing_found(retinanet, tmp_path, tiles):
+    model = copy.deepcopy(retinanet[1])
+    model.bbox_head.retina_cls.bias.data -= 100
+    export(model, tmp_path / 'a.onnx')
+    for runtime in RUNTIMES:
+        dets, labels = load(tmp_path / 'a.onnx', runtime)(tiles.numpy())
+        assert (dets == np.zeros((2, 100, 5))).all()
+        assert (labels == np.full((2, 100), -1)).all()
+
+
+@pytest.mark.parametrize(
+    'name, layers',
+    [
+        (
+            MASK_RCNN,
+            (
+                *('rpn_head.rpn_cls', 'rpn_head.rpn_reg'),
+                *('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg'),
+            ),
+        ),
+        ('mini/rtmdet_fasternet-t0_nuclei.py', ()),
+    ],
+)
+def test_other_detectors(name, layers, randomise, tmp_path):
+    init_default_scope('mmdet')
+    model = MODELS.build(Config.fromfile(CONFIGS / name).model)
+    randomise(model).eval()
+    # Random ones are far too large: scores of 1 have no order.
+    for layer in layers:
+        model.get_submodule(layer).weight.data *= 1e-2
+    export(model, tmp_path / 'a.onnx')
+    images = torch.from_numpy(fill_input(0, (2, 3, 128, 96)))
+    for runtime in RUNTIMES:
+        session = ExportedDetector(load(tmp_path / 'a.onnx', runtime), None)
+        assert min(compare(session, model, images)) > 5
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    'name, change, message',
+    [
+        (
+            RETINANET,
+            lambda c: c.test_cfg.nms.update(type='soft_nms'),
+            'plain nms with iou_threshold, not .*soft_nms',
+        ),
+        (
+            RETINANET,
+            lambda c: c.test_cfg.update(min_bbox_size=5),
+            'boxes of any size',
+        ),
+        (
+            RETINANET,
+            lambda c: c.test_cfg.update(nms_pre=-1),
+            'limits candidates by nms_pre',
+        ),
+        (
+            RETINANET,
+            lambda c: c.bbox_head.__setitem__(
+                'loss_cls', dict(type='CrossEntropyLoss')
+            ),
+            'scores by sigmoid',
+        ),
+        (
+            RETINANET,  # a third output, centerness
+            lambda c: c.bbox_head.update(
+                type='ATSSHead', reg_decoded_bbox=True
+            ),
+            'gives scores and boxes, and nothing else',
+        ),
+        (
+            RETINANET,
+            lambda c: c.__setitem__(
+                'bbox_head',
+                dict(type='YOLOXHead', num_classes=1, in_channels=96),
+            ),
+            'predicts as a BaseDenseHead does',
+        ),
+        (
+            MASK_RCNN,
+            lambda c: c.roi_head.update(
+                type='DoubleHeadRoIHead', reg_roi_scale_factor=1.3
+            ),
+            'is a StandardRoIHead',
+        ),
+        (
+            MASK_RCNN,
+            lambda c: c.roi_head.bbox_head.update(reg_class_agnostic=True),
+            'boxes of every class',
+        ),
+    ],
+)
+def test_detectors_that_decode_otherwise(name, change, message):
+    init_default_scope('mmdet')
+    cfg = Config.fromfile(CONFIGS / name).model
+    change(cfg)
+    with pytest.raises(ValueError, match=f'{message}.* backbone alone can be'):
+        end_to_end(MODELS.build(cfg).eval())(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    'target, message',
+    [
+        ('a.pt', 'neither .onnx nor .xml'),
+        ('there.onnx', 'there.onnx exists'),
+        ('there.xml', 'there.bin exists'),
+        ('nowhere/a.onnx', 'there is no folder'),
+    ],
+)
+def test_bad_targets(target, message, tmp_path):
+    for name in ('there.onnx', 'there.bin'):
+        (tmp_path / name).write_text('mine')
+    with pytest.raises((OSError, ValueError), match=message):
+        export(FasterNet('t0').eval(), tmp_path / target)
+    assert (tmp_path / 'there.onnx').read_text() == 'mine'
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_models_that_cannot_be_exported(tmp_path):
+    model = FasterNet('t0')
+    with pytest.raises(ValueError, match='in train mode'):
+        export(model, tmp_path / 'a.onnx')
+    with pytest.raises(ValueError, match='folded already'):
+        export(fold(model.eval()), tmp_path / 'a.onnx')
+    # fails far on, with the float file written
+    images = iter([np.zeros((1, 4, 64, 64), np.float32)])
+    with pytest.raises(Exception, match='Got: 4 Expected: 3'):
+        export(model, tmp_path / 'a.onnx', calibration=images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_runtimes(tmp_path):
+    for runtime, precision in (('tensorrt', 'f32'), ('onnxruntime', 'bf16')):
+        with pytest.raises(ValueError, match=f'got {runtime} in {precision}'):
+            load(tmp_path / 'a.onnx', runtime, precision=precision)
+
+
+@pytest.mark.parametrize('package', ['onnx', 'onnxruntime', 'openvino'])
+def test_without_a_package(package):
+    code = f'import sys; sys.modules[{package!r}] = None\n'
+    done = subprocess.run(
+        [sys.executable, '-c', f'{code}import fasternet_det.deploy.export'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f'ImportError: export needs {package}, which' in done.stderr
+    assert "pip install 'fasternet_det[deploy]'" in done.stderr
