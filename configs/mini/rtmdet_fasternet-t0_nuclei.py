@@ -10,10 +10,10 @@ model = dict(
     ),
     backbone=dict(type='FasterNet', arch='t0', out_indices=(2, 4, 6)),
     neck=dict(
-        type='CSPNeXtPAFPN',
+        type='PAFPN',
         in_channels=[80, 160, 320],
         out_channels=80,
-        num_csp_blocks=1,
+        num_outs=3,
         norm_cfg=norm_cfg,
         act_cfg=act_cfg,
     ),

@@ -12,7 +12,8 @@ from mmengine.optim import build_optim_wrapper
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 COCO = sorted(CONFIGS.glob('fasternet/*_coco.py'))
-MINI = sorted(CONFIGS.glob('mini/*_fpn_*.py'))
+MINI = sorted(CONFIGS.glob('mini/*_fasternet-*.py'))
+RTMDET = [p for p in COCO if p.stem.startswith('rtmdet')]
 DROP_PATH = dict(t0=0.0, t1=0.02, t2=0.05, s=0.15, m=0.2, l=0.3)
 # ImageNet files as their authors' release names them
 FILES = dict(
@@ -34,6 +35,9 @@ def test_there_are_all():
         f'{detector}_fasternet-{arch}_fpn_1x_coco'
         for detector in ('mask-rcnn', 'retinanet')
         for arch in FILES
+    } | {
+        f'rtmdet_fasternet-{arch}_8xb32-300e_coco'
+        for arch in ('t0', 't1', 't2')
     }
 
 
@@ -59,7 +63,9 @@ def test_every_parameter_gets_a_gradient(path):
     """Or DDP, which waits for all of them, stops with an error."""
     torch.manual_seed(0)
     model = MODELS.build(Config.fromfile(path).model).train()
-    inputs = demo_mm_inputs(2, [[3, 128, 128]] * 2, with_mask=True)
+    inputs = demo_mm_inputs(
+        2, [[3, 128, 128]] * 2, with_mask='mask' in path.stem
+    )
     for sample in inputs['data_samples']:
         sample.gt_instances.labels.zero_()
     losses = model(**model.data_preprocessor(inputs, True), mode='loss')
@@ -70,7 +76,7 @@ def test_every_parameter_gets_a_gradient(path):
 
 
 @pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
-def test_recipe(path, monkeypatch):
+def test_backbone_and_images(path, monkeypatch):
     monkeypatch.delenv('FASTERNET_IMAGENET', raising=False)
     cfg, arch = Config.fromfile(path), arch_of(path)
     backbone = cfg.model.backbone
@@ -85,8 +91,19 @@ def test_recipe(path, monkeypatch):
         'arch',
         'drop_path_rate',
         'init_cfg',
-    } == ({'out_indices'} if 'retinanet' in path.stem else set())
+    } == (set() if 'mask' in path.stem else {'out_indices'})
 
+    preprocessor = cfg.model.data_preprocessor
+    assert preprocessor.mean == [123.675, 116.28, 103.53]
+    assert preprocessor.std == [58.395, 57.12, 57.375]
+    assert preprocessor.bgr_to_rgb
+
+
+@pytest.mark.parametrize(
+    'path', [p for p in COCO if p not in RTMDET], ids=lambda p: p.stem
+)
+def test_recipe(path):
+    cfg, arch = Config.fromfile(path), arch_of(path)
     lr = 2e-4 if 'mask' in path.stem and arch not in 'ml' else 1e-4
     assert cfg.optim_wrapper == dict(
         _scope_='mmdet',
@@ -99,14 +116,54 @@ def test_recipe(path, monkeypatch):
     assert cfg.train_cfg.max_epochs == 12
     assert cfg.train_dataloader.batch_size == 2
     assert cfg.auto_scale_lr.base_batch_size == 16
-
-    preprocessor = cfg.model.data_preprocessor
-    assert preprocessor.mean == [123.675, 116.28, 103.53]
-    assert preprocessor.std == [58.395, 57.12, 57.375]
-    assert preprocessor.bgr_to_rgb and preprocessor.pad_size_divisor == 32
+    assert cfg.model.data_preprocessor.pad_size_divisor == 32
     pipeline = {t.type: t for t in cfg.train_pipeline}
     assert pipeline['Resize'].scale == (1333, 800)
     assert pipeline['RandomFlip'].prob == 0.5
+
+
+@pytest.mark.parametrize('path', RTMDET, ids=lambda p: p.stem)
+def test_recipe_of_rtmdet(path):
+    """It is mmdet's but for the backbone, the widths and the thresholds."""
+    cfg = Config.fromfile(path)
+    base = Config.fromstring(
+        "_base_ = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'", '.py'
+    )
+    ours = {'model', 'checkpoint', 'auto_scale_lr'}
+    assert cfg.keys() - base.keys() == {'custom_imports', 'imagenet'}
+    for key in base.keys() - ours:
+        assert cfg[key] == base[key], key
+    batch = 8 * cfg.train_dataloader.batch_size
+    assert cfg.auto_scale_lr.base_batch_size == batch == 256
+    assert cfg.checkpoint == cfg.model.backbone.init_cfg.checkpoint
+
+    width = {'t0': 80, 't1': 96, 't2': 96}[arch_of(path)]
+    neck, head = cfg.model.neck, cfg.model.bbox_head
+    assert neck.out_channels == head.in_channels == width
+    assert head.feat_channels == width
+    retinanet = Config.fromfile(
+        CONFIGS / 'fasternet' / 'retinanet_fasternet-t0_fpn_1x_coco.py'
+    ).model.test_cfg
+    for key in ('nms_pre', 'score_thr', 'max_per_img'):
+        assert cfg.model.test_cfg[key] == retinanet[key]
+
+
+def test_mini_rtmdet_is_that_of_coco():
+    mini, coco = (
+        Config.fromfile(CONFIGS / name).model
+        for name in (
+            'mini/rtmdet_fasternet-t0_nuclei.py',
+            'fasternet/rtmdet_fasternet-t0_8xb32-300e_coco.py',
+        )
+    )
+    mini.bbox_head.num_classes = 80
+    mini.bbox_head.exp_on_reg = False
+    shapes = [
+        {k: v.shape for k, v in MODELS.build(model).state_dict().items()}
+        for model in (mini, coco)
+    ]
+    assert shapes[0] == shapes[1]
+    assert mini.test_cfg == coco.test_cfg
 
 
 def test_nothing_is_frozen_and_all_is_optimised():

@@ -1,0 +1,11 @@
+_base_ = './rtmdet_fasternet-t0_8xb32-300e_coco.py'
+checkpoint = _base_.imagenet.t1
+model = dict(
+    backbone=dict(
+        arch='t1',
+        drop_path_rate=0.02,
+        init_cfg=dict(checkpoint=checkpoint),
+    ),
+    neck=dict(in_channels=[128, 256, 512], out_channels=96),
+    bbox_head=dict(in_channels=96, feat_channels=96),
+)
