@@ -152,6 +152,6 @@ def test_mim_train(project, config, tmp_path):
 def test_mim_reads_the_model_index():
     index = load(str(Path(__file__).parents[1] / 'model-index.yml'))
     index.build_models_with_collections()
-    assert len(index.models) == 12
+    assert len(index.models) == 15
     for model in index.models:
         assert Config.fromfile(model.config).model.backbone.type == 'FasterNet'

@@ -52,8 +52,8 @@ def load_model(
     init_default_scope(config.get('default_scope', 'mmdet'))
     preprocessor = config.model.data_preprocessor
     metadata = dict(
-        mean=preprocessor.mean,
-        std=preprocessor.std,
+        mean=preprocessor.get('mean'),
+        std=preprocessor.get('std'),
         bgr_to_rgb=preprocessor.get('bgr_to_rgb', False),
         pad_size_divisor=preprocessor.get('pad_size_divisor', 1),
     )
@@ -117,8 +117,11 @@ def main() -> None:
     weights = path if suffix == '.onnx' else path.with_suffix('.bin')
     print(f'{path}: {weights.stat().st_size / 1e6:.1f} MB of weights')
     if args.evaluate:
+        rcnn = config.model.test_cfg.get('rcnn', {})
         exported = ExportedDetector(
-            load(path, runtime), config.model.data_preprocessor
+            load(path, runtime),
+            config.model.data_preprocessor,
+            rcnn.get('mask_thr_binary', 0.5),
         )
         for name, detector in (('PyTorch', model), (str(path), exported)):
             scores = evaluate(config, detector)

@@ -6,6 +6,6 @@ model = dict(
         drop_path_rate=0.05,
         init_cfg=dict(checkpoint=checkpoint),
     ),
-    neck=dict(in_channels=[192, 384, 768], out_channels=96, expand_ratio=0.25),
+    neck=dict(in_channels=[192, 384, 768], out_channels=96),
     bbox_head=dict(in_channels=96, feat_channels=96),
 )

@@ -6,6 +6,7 @@ from typing import Callable, Dict, List, Tuple
 import torch
 import torch.nn as nn
 from mmcv.cnn import ConvModule
+from mmdet.models.dense_heads.tood_head import TaskDecomposition
 from mmdet.models.necks import FPN
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -169,6 +170,12 @@ def fold(model: nn.Module) -> nn.Module:
         raise ValueError('the model is in train mode: call eval() first')
     if not any(isinstance(m, _BatchNorm) for m in backbone.stages.modules()):
         raise ValueError('the model is folded already')
+    for name, module in model.named_modules():
+        if isinstance(module, TaskDecomposition):
+            raise ValueError(
+                f'cannot fold {name}: a TaskDecomposition reads the weight of '
+                'its convolution, but not the bias that folding gives it'
+            )
     model = copy.deepcopy(model)
     _unshare(model)
     _fold_pairs(model)

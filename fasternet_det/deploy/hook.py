@@ -33,6 +33,7 @@ class OptimizeHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Replace the model of a runner, which has its weights by now."""
-        runner.model = optimize(
-            runner.model.eval(), self.dtype, compile=self.compile
-        )
+        model = runner.model
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        runner.model = optimize(model.eval(), self.dtype, compile=self.compile)

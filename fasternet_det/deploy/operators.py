@@ -4,7 +4,7 @@ On a CPU they call oneDNN's fused kernels, which torch's own compiler calls
 too; elsewhere, and in float64, they are the plain operators in the same order.
 """
 
-from typing import Dict, Iterable, Optional, Tuple
+from typing import Any, Dict, Iterable, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -74,14 +74,18 @@ class _Packed(nn.Module):
         """The weight in the layout for an input of this shape."""
         weight = self._packed.get(x.shape)
         if weight is None:
-            if len(self._packed) == KEPT_SHAPES:
-                self._packed.pop(next(iter(self._packed)))
+            if len(self._packed) >= KEPT_SHAPES:
+                self._packed.pop(list(self._packed)[0], None)
             weight = self._packed[x.shape] = self._pack(x.shape)
         return weight
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:  # noqa: ANN001
         self._packed.clear()
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._packed.clear()
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | dict(_packed={})
@@ -237,7 +241,7 @@ class InPlaceBlock(nn.Module):
         row = self.expand.out_channels * x.shape[3] * x.itemsize  # bytes
         # The rows of all images lie behind each other.
         rows = len(x) * x.shape[2]
-        tiles = min(rows, -(-rows * row // TILE))
+        tiles = max(1, min(rows, -(-rows * row // TILE)))
         return zip(
             *(
                 m.permute(0, 2, 3, 1)
@@ -266,7 +270,8 @@ class FastRPNHead(RPNHead):
             of shape (N, A, H, W) and (N, 4A, H, W).
         """
         x = self.rpn_conv(x)
-        tiles = x.split(-(-x.shape[2] // -(-4 * x.numel() // TILE)), dim=2)
+        count = max(1, -(-4 * x.numel() // TILE))
+        tiles = x.split(-(-x.shape[2] // count), dim=2)
         scores = torch.cat([self.rpn_cls(tile) for tile in tiles], dim=2)
         deltas = torch.cat([self.rpn_reg(tile) for tile in tiles], dim=2)
         return scores, deltas

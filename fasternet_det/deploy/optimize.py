@@ -5,8 +5,8 @@ from typing import Any, Dict, Iterator, Optional
 
 import torch
 import torch.nn as nn
-from mmcv.cnn import ConvModule
-from mmcv.cnn.bricks.wrappers import Conv2d
+from mmcv.cnn import ConvModule, Scale
+from mmcv.cnn.bricks.wrappers import Conv2d, ConvTranspose2d
 from mmcv.ops import RoIAlign
 from mmdet.models import CascadeRoIHead, SingleStageDetector, StandardRoIHead
 from mmdet.models.dense_heads import RPNHead
@@ -50,15 +50,16 @@ def _is_plain(conv: nn.Module) -> bool:
 
 def _fused(module: nn.Module) -> Optional[nn.Module]:
     """What computes the same as a folded module in fewer steps, if known."""
-    if isinstance(module, FasterNetBlock):
+    if isinstance(module, FasterNetBlock) and fuses(module.mlp[2]):
         return InPlaceBlock(module)
     if _is_plain(module):
         return FusedConv2d(module)
     if type(module) is nn.Linear:
         return FusedLinear(module)
     if (
-        isinstance(module, nn.ConvTranspose2d)
+        type(module) in (nn.ConvTranspose2d, ConvTranspose2d)
         and module.kernel_size == module.stride == (2, 2)
+        and module.dilation == (1, 1)
         and module.padding == module.output_padding == (0, 0)
         and module.groups == 1
     ):
@@ -139,6 +140,13 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
             f'cannot compute in {dtype} on {device}, expected one of '
             f'{", ".join(map(str, dtypes))}'
         )
+    for name, module in model.named_modules():
+        of_mmcv = type(module).__module__.startswith('mmcv.ops')
+        if of_mmcv and '.roi_layers.' not in name:
+            raise ValueError(
+                f'cannot optimise {name}: the {type(module).__name__} of mmcv '
+                'takes maps in channels_last for (N, C, H, W); use fold()'
+            )
     roi_head = getattr(model, 'roi_head', None)
     if dtype != torch.float32 and not (
         isinstance(model, (FasterNet, SingleStageDetector))
@@ -157,10 +165,14 @@ def _predictors(head: nn.Module) -> Iterator[nn.Module]:
     Rounded to bfloat16, many scores are equal, and NMS keeps other boxes.
     """
     for name, child in head.named_children():
-        if name.endswith(('_cls', '_reg')):
-            for layer in child.modules():
-                if hasattr(layer, 'weight'):
-                    yield layer
+        predicts = name.endswith(('_cls', '_reg', '_centerness', '_obj'))
+        for layer in child.modules():
+            if (
+                isinstance(layer, Scale)
+                or predicts
+                and hasattr(layer, 'weight')
+            ):
+                yield layer
 
 
 def _set_precision(model: nn.Module, to: Dict[str, Any]) -> None:
@@ -206,7 +218,8 @@ def optimize(
             model's to 1e-5 relative), bfloat16, or float16 on CUDA. Boxes are
             predicted, decoded, suppressed and pooled from in float32 anyway.
             Defaults to float32.
-        memory_format (torch.memory_format): Layout of the maps.
+        memory_format (torch.memory_format): Layout of weights and image.
+            oneDNN, on CPUs, gives maps in channels_last from either.
             Defaults to ``torch.channels_last``.
         compile (bool): Whether to leave the fusing to ``torch.compile``, which
             takes minutes at the first call. Defaults to False.

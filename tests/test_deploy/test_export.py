@@ -267,14 +267,18 @@ def test_nothing_found(retinanet, tmp_path, tiles):
                 *('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg'),
             ),
         ),
-        ('mini/rtmdet_fasternet-t0_nuclei.py', ()),
+        (
+            'mini/rtmdet_fasternet-t0_nuclei.py',
+            tuple(f'bbox_head.rtm_reg.{level}' for level in range(3)),
+        ),
     ],
 )
 def test_other_detectors(name, layers, randomise, tmp_path):
     init_default_scope('mmdet')
     model = MODELS.build(Config.fromfile(CONFIGS / name).model)
     randomise(model).eval()
-    # Random ones are far too large: scores of 1 have no order.
+    # Random ones are far too large: scores of 1 have no order, and distances
+    # of 1e8 pixels, by exp, differ by more than 1e-3 from float64's anyway.
     for layer in layers:
         model.get_submodule(layer).weight.data *= 1e-2
     export(model, tmp_path / 'a.onnx')

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from fill import fill_array, fill_input
-from mmcv.ops import RoIAlign
+from mmcv.ops import ModulatedDeformConv2dPack, RoIAlign
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -112,7 +112,38 @@ def test_copies(randomise):
         optimize(model).bfloat16().float(),
     ):
         close(other(x), expected, 1e-2)
-    fast.load_state_dict(copy.deepcopy(fast).state_dict())
+    other = FasterNet('t0').eval()  # other weights, after the first forward
+    fast.load_state_dict(optimize(other).state_dict())
+    close(fast(x), other(x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    'act', ['LeakyReLU', dict(type='GELU', approximate='tanh')]
+)
+def test_other_activations(act, randomise):
+    act_cfg = act if isinstance(act, dict) else dict(type=act)
+    model = randomise(FasterNet('t0', act_cfg=act_cfg)).eval()
+    x = image(1, 3, 64, 64)
+    close(optimize(model)(x), model(x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    'dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.01)]
+)
+def test_tiles(dtype, tolerance, randomise, monkeypatch):
+    """Large maps are computed in tiles, unequal ones too."""
+    model = build('mini/mask-rcnn_fasternet-t0_fpn_nuclei.py')
+    fast = optimize(randomise(model).eval(), dtype)
+    x = image(2, 3, 128, 96)
+    maps = fast.extract_feat(x)
+    outs = fast.rpn_head(maps)
+    monkeypatch.setattr('fasternet_det.deploy.operators.TILE', 2**14)
+    close(
+        *([m.float() for m in ms] for ms in (fast.extract_feat(x), maps)),
+        tolerance,
+    )
+    for a, b in zip(fast.rpn_head(maps), outs, strict=True):
+        close(a, b, tolerance)
 
 
 def test_packed_weights_are_few():
@@ -258,6 +289,15 @@ def test_low_precision_of_unknown_heads():
     optimize(model)
     with pytest.raises(ValueError, match='RoI head OtherRoIHead in .*bfloat'):
         optimize(model, torch.bfloat16)
+
+
+def test_deformable_convolutions_are_refused():
+    """mmcv's would take channels_last maps for (N, C, H, W), silently."""
+    model = build('mini/retinanet_fasternet-t0_fpn_nuclei.py').eval()
+    model.bbox_head.cls_convs[0].conv = ModulatedDeformConv2dPack(96, 96, 3)
+    model.bbox_head.cls_convs[0]._modules['bn'] = nn.Identity()
+    with pytest.raises(ValueError, match='ModulatedDeformConv2dPack of mmcv'):
+        optimize(model)
 
 
 def test_twice():
