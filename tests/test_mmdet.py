@@ -19,6 +19,7 @@ from modelindex.load_model_index import load
 from fasternet_det.checkpoint import read_checkpoint
 from fasternet_det.deploy import optimize
 
+README = Path(__file__).parents[1] / 'README.md'
 MMDET_TOOLS = Path(get_installed_path('mmdet'), '.mim', 'tools')
 
 
@@ -78,14 +79,11 @@ def test_test_of_the_fast_form(
     dtype, tolerance, trained, history, project, config
 ):
     """bfloat16 rounds, and one nucleus of the 27 is much to so few."""
-    options = (
-        'custom_imports.imports=[fasternet_det.deploy]',
-        f"custom_hooks=[dict(type='OptimizeHook', dtype='{dtype}')]",
-    )
-    tested = score(
-        *(project, config, trained / 'iter_60.pth', f'tested_{dtype}'),
-        *('--cfg-options', *options),
-    )
+    code = README.read_text().split('# my_fast_config.py\n')[1]
+    code = code.split('```')[0].replace('./my_config.py', str(config))
+    fast = project.folder / f'fast_{dtype}.py'
+    fast.write_text(code.replace('bfloat16', dtype))
+    tested = score(project, fast, trained / 'iter_60.pth', f'tested_{dtype}')
     for key in APS:
         assert abs(tested[key] - history[-1][key]) <= tolerance
 

@@ -44,9 +44,8 @@ def test_every_command_is_run_somewhere():
         'python -m fasternet_det.datasets.nuclei data/nuclei',
         'python tools/train.py my_config.py',
         # test_mmdet.py, with mmdet's own test.py
-        'python tools/test.py my_config.py work_dirs/my_config/epoch_12.pth '
-        '--cfg-options custom_imports.imports="[fasternet_det.deploy]" '
-        "custom_hooks=\"[dict(type='OptimizeHook', dtype='bfloat16')]\"",
+        'python tools/test.py my_fast_config.py '
+        'work_dirs/my_config/epoch_12.pth',
         # test_benchmark, with smaller images
         'python tools/benchmark.py goals --out work_dirs/benchmark',
         "pip install '.[deploy]'",  # test_install
