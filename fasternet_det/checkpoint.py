@@ -7,7 +7,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import AbstractSet, Dict, Iterator, Optional, Sequence
+from typing import AbstractSet, Dict, Iterator, List, Optional, Sequence, Union
 from urllib.error import URLError
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -17,6 +17,7 @@ import torch.nn as nn
 from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_file_backend
 from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -154,6 +155,30 @@ def read_checkpoint(filename: str) -> dict:
             'expected a dict of tensors'
         )
     return checkpoint
+
+
+def find_pretrained(init_cfg: Union[dict, List[dict]]) -> Optional[dict]:
+    """Find the ``Pretrained`` entry of an init_cfg.
+
+    Args:
+        init_cfg (dict | list[dict]): An ``init_cfg`` of mmengine's.
+
+    Returns:
+        dict | None: The entry, or None where there is none.
+
+    Raises:
+        ValueError: If it does not stand alone, or holds other keys than
+            ``type``, ``checkpoint`` and ``prefix``.
+    """
+    cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg]
+    if not any(cfg['type'] in ('Pretrained', PretrainedInit) for cfg in cfgs):
+        return None
+    if len(cfgs) > 1 or cfgs[0].keys() - {'prefix'} != {'type', 'checkpoint'}:
+        raise ValueError(
+            f'init_cfg={init_cfg!r}: expected a Pretrained init_cfg '
+            'to stand alone, with `checkpoint` and, optionally, `prefix`'
+        )
+    return cfgs[0]
 
 
 def read_state_dict(filename: str, prefix: Optional[str] = None) -> StateDict:

@@ -1,50 +1,25 @@
 """The FasterNet backbone."""
 
 import re
-from contextlib import contextmanager, nullcontext
-from typing import (
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmdet.registry import MODELS
-from mmengine.model import BaseModule, ModuleList, PretrainedInit
+from mmengine.model import BaseModule, ModuleList
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import fasternet_from_timm, load_exactly, read_state_dict
-
-
-@contextmanager
-def _kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Leave BatchNorm's running statistics as they are.
-
-    Recomputing a checkpointed block would otherwise count each batch twice.
-    """
-    kept = [
-        (buffer, buffer.clone())
-        for norm in module.modules()
-        if isinstance(norm, _BatchNorm) and norm.training
-        for buffer in norm.buffers()
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+from ..checkpoint import (
+    fasternet_from_timm,
+    find_pretrained,
+    load_exactly,
+    read_state_dict,
+)
+from .recompute import recomputed
 
 
 class PartialConv(nn.Module):
@@ -124,17 +99,6 @@ class FasterNetBlock(BaseModule):
         )
         self.with_cp = with_cp
 
-    def _recompute(
-        self, function: Callable[[Tensor], Tensor], x: Tensor
-    ) -> Tensor:
-        """Call a function, without storing what its backward pass needs."""
-        return cp.checkpoint(
-            function,
-            x,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _kept_statistics(self)),
-        )
-
     def _residual(self, x: Tensor) -> Tensor:
         out = self.mlp[0](self.spatial_mixing(x))
         # Norm and activation are cheap to recompute, and their outputs most
@@ -145,7 +109,7 @@ class FasterNetBlock(BaseModule):
             and type(self.mlp[1]) is nn.BatchNorm2d
             and not torch.compiler.is_compiling()
         ):
-            out = self._recompute(self.mlp[1:], out)
+            out = recomputed(self.mlp[1:], self, out)
         else:
             out = self.mlp[1:](out)
         if self.layer_scale is not None:
@@ -155,7 +119,7 @@ class FasterNetBlock(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, H, W)."""
         if self.with_cp and torch.is_grad_enabled():
-            return self._recompute(self._residual, x)
+            return recomputed(self._residual, self, x)
         return self._residual(x)
 
 
@@ -461,27 +425,13 @@ class FasterNet(BaseModule):
                 or does not fit; the model is then untouched.
             FileNotFoundError: If there is no such checkpoint.
         """
-        cfgs = (
-            self.init_cfg
-            if isinstance(self.init_cfg, list)
-            else [self.init_cfg]
-        )
-        if not any(
-            cfg['type'] in ('Pretrained', PretrainedInit) for cfg in cfgs
-        ):
+        pretrained = find_pretrained(self.init_cfg)
+        if pretrained is None:
             super().init_weights()
             return
-        if len(cfgs) > 1 or cfgs[0].keys() - {'prefix'} != {
-            'type',
-            'checkpoint',
-        }:
-            raise ValueError(
-                f'init_cfg={self.init_cfg!r}: expected a Pretrained init_cfg '
-                'to stand alone, with `checkpoint` and, optionally, `prefix`'
-            )
-        checkpoint = cfgs[0]['checkpoint']
+        checkpoint = pretrained['checkpoint']
         self.load_pretrained(
-            read_state_dict(checkpoint, cfgs[0].get('prefix')), checkpoint
+            read_state_dict(checkpoint, pretrained.get('prefix')), checkpoint
         )
         self._is_init = True
 
