@@ -19,9 +19,9 @@ if _missing or importlib.util.find_spec('mmcv._ext') is None:
         "    pip install 'fasternet_det[mmdet]'"
     )
 
-from .backbones import FasterNet  # noqa: E402
+from .backbones import FasterNet, GGhostRegNet  # noqa: E402
 from .history import allow_mmengine_checkpoints  # noqa: E402
 
 allow_mmengine_checkpoints()
 
-__all__ = ['FasterNet']
+__all__ = ['FasterNet', 'GGhostRegNet']

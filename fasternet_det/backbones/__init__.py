@@ -1,3 +1,4 @@
 from .fasternet import FasterNet
+from .g_ghost_regnet import GGhostRegNet
 
-__all__ = ['FasterNet']
+__all__ = ['FasterNet', 'GGhostRegNet']
