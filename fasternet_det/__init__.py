@@ -19,9 +19,17 @@ if _missing or importlib.util.find_spec('mmcv._ext') is None:
         "    pip install 'fasternet_det[mmdet]'"
     )
 
-from .backbones import FasterNet, GGhostRegNet  # noqa: E402
+from .backbones import FasterNet, GGhostRegNet, SlotResNet  # noqa: E402
 from .history import allow_mmengine_checkpoints  # noqa: E402
+from .layers import ConvAWS2d, SAConv, SPConv  # noqa: E402
 
 allow_mmengine_checkpoints()
 
-__all__ = ['FasterNet', 'GGhostRegNet']
+__all__ = [
+    'ConvAWS2d',
+    'FasterNet',
+    'GGhostRegNet',
+    'SAConv',
+    'SPConv',
+    'SlotResNet',
+]

@@ -1,4 +1,5 @@
 from .fasternet import FasterNet
 from .g_ghost_regnet import GGhostRegNet
+from .resnet import SlotResNet
 
-__all__ = ['FasterNet', 'GGhostRegNet']
+__all__ = ['FasterNet', 'GGhostRegNet', 'SlotResNet']
