@@ -1,7 +1,7 @@
 """Exact folding of BatchNorms into the convolutions beside them."""
 
 import copy
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List
 
 import torch
 import torch.nn as nn
@@ -11,11 +11,17 @@ from mmdet.models.necks import FPN
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones import FasterNet
+from ..backbones import FasterNet, GGhostRegNet
 from ..backbones.fasternet import FasterNetBlock, PatchEmbed, PatchMerging
-
-# Owner and name of a convolution, owner and name of the norm after it.
-Pair = Tuple[nn.Module, str, nn.Module, str]
+from ..layers import ConvAWS2d
+from .fold_layers import (
+    LAYER_PAIRS,
+    LAYERS,
+    FoldedSPConv,
+    Pair,
+    affine,
+    fold_alone,
+)
 
 
 def _pairs_of_conv_module(module: ConvModule) -> List[Pair]:
@@ -32,22 +38,8 @@ PAIRS: Dict[type, Callable[[nn.Module], List[Pair]]] = {
     PatchMerging: lambda m: [(m, 'reduction', m, 'norm')],
     FasterNetBlock: lambda m: [(m.mlp, '0', m.mlp, '1')],
     ConvModule: _pairs_of_conv_module,
+    **LAYER_PAIRS,
 }
-
-
-def _affine(norm: _BatchNorm) -> Tuple[Tensor, Tensor]:
-    """Scale and shift, in float64, of what a norm does in eval mode."""
-    weight, bias, mean, var = (
-        value.double()
-        for value in (
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-        )
-    )
-    scale = weight / (var + norm.eps).sqrt()
-    return scale, bias - mean * scale
 
 
 def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
@@ -64,14 +56,14 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 def _fold_after(conv: nn.Conv2d, norm: _BatchNorm) -> None:
     """Fold a norm into the convolution before it."""
-    scale, shift = _affine(norm)
+    scale, shift = affine(norm)
     weight = conv.weight.double() * scale[:, None, None, None]
     _set(conv, weight, _bias(conv) * scale + shift)
 
 
 def _fold_before(norm: _BatchNorm, conv: nn.Conv2d) -> None:
     """Fold a norm into the 1x1 convolution after it."""
-    scale, shift = _affine(norm)
+    scale, shift = affine(norm)
     weight = conv.weight.double()
     bias = _bias(conv) + (weight * shift[:, None, None]).sum((1, 2, 3))
     _set(conv, weight * scale[:, None, None], bias)
@@ -109,8 +101,12 @@ def _fold_pairs(model: nn.Module) -> None:
             norm = getattr(norm_owner, norm_name)
             if not isinstance(norm, _BatchNorm):
                 continue
-            _check_plain(conv, name)
-            _fold_after(conv, norm)
+            if type(conv) in LAYERS:
+                layer = LAYERS[type(conv)](conv, *affine(norm), name)
+                setattr(owner, conv_name, layer)
+            else:
+                _check_plain(conv, name)
+                _fold_after(conv, norm)
             setattr(norm_owner, norm_name, nn.Identity())
 
 
@@ -135,40 +131,54 @@ def _fold_output_norms(backbone: FasterNet, neck: FPN) -> None:
         setattr(backbone, f'norm{position}', nn.Identity())
 
 
+def _norms(model: nn.Module) -> List[str]:
+    """Name the norms that are to be folded: all but a FasterNet's outputs."""
+    outputs = {
+        getattr(backbone, f'norm{i}', None)
+        for backbone in model.modules()
+        if isinstance(backbone, FasterNet)
+        for i in backbone.out_indices
+    }
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module not in outputs
+    ]
+
+
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
-    """Fold the BatchNorms of a FasterNet, or of a detector with one.
+    """Fold the BatchNorms of one of our backbones, or of what holds one of
+    our backbones or layers, such as a detector.
 
     The copy computes the same function with fewer operators: a norm between
-    or after convolutions becomes part of the convolution, and the backbone's
-    output norms part of the FPN's 1x1 lateral convolutions.
+    or after convolutions becomes part of the convolution, a FasterNet's output
+    norms part of the FPN's 1x1 lateral convolutions, SPConv's group
+    convolution, 1x1 convolution and norm one 3x3 convolution, and ConvAWS2d a
+    plain convolution.
 
     Args:
-        model (nn.Module): A :class:`FasterNet` or an mmdet detector with one,
-            in eval mode. It is left as it is.
+        model (nn.Module): A module in eval mode. It is left as it is.
 
     Returns:
         nn.Module: A folded copy, for inference: of the same interface, without
         gradients.
 
     Raises:
-        ValueError: If the model trains, is folded already, holds no FasterNet,
-            or holds a BatchNorm that no declared pair accounts for.
+        ValueError: If the model trains, is folded already, holds nothing of
+            ours, or holds a BatchNorm that no declared pair accounts for.
     """
-    backbone = (
-        model
-        if isinstance(model, FasterNet)
-        else getattr(model, 'backbone', None)
-    )
-    if not isinstance(backbone, FasterNet):
+    ours = (FasterNet, GGhostRegNet, FoldedSPConv, *LAYERS)
+    if not any(isinstance(m, ours) for m in model.modules()):
         raise ValueError(
-            f'expected a FasterNet or a detector with one, got '
-            f'{type(model).__name__} with the backbone '
-            f'{type(backbone).__name__}'
+            'expected a FasterNet, a GGhostRegNet or what holds one, or an '
+            f'SPConv, SAConv or ConvAWS2d; got {type(model).__name__}'
         )
     if any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
         raise ValueError('the model is in train mode: call eval() first')
-    if not any(isinstance(m, _BatchNorm) for m in backbone.stages.modules()):
+    if not _norms(model) and not any(
+        type(m) is ConvAWS2d for m in model.modules()
+    ):
         raise ValueError('the model is folded already')
     for name, module in model.named_modules():
         if isinstance(module, TaskDecomposition):
@@ -179,17 +189,14 @@ def fold(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     _unshare(model)
     _fold_pairs(model)
-    backbone = model if isinstance(model, FasterNet) else model.backbone
-    if type(getattr(model, 'neck', None)) is FPN:
+    model = fold_alone(model)
+    backbone = getattr(model, 'backbone', None)
+    if (
+        isinstance(backbone, FasterNet)
+        and type(getattr(model, 'neck', None)) is FPN
+    ):
         _fold_output_norms(backbone, model.neck)
-    outputs = {
-        getattr(backbone, f'norm{i}', None) for i in backbone.out_indices
-    }
-    left = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module not in outputs
-    ]
+    left = _norms(model)
     if left:
         raise ValueError(
             f'no declared pair accounts for the norms {", ".join(left)}'

@@ -1,0 +1,267 @@
+import copy
+
+import pytest
+import torch
+from fill import fill_input
+from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmdet.models.backbones import DetectoRS_ResNet, ResNet, ResNetV1d
+from mmdet.models.dense_heads import RetinaHead
+from mmdet.models.necks import FPN
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.utils import get_installed_path
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fasternet_det import ConvAWS2d, GGhostRegNet, SAConv, SlotResNet, SPConv
+from fasternet_det.deploy import fold
+from fasternet_det.deploy.fold_layers import FoldedSPConv
+
+TINY = dict(depths=(2, 3, 4, 2), widths=(8, 16, 24, 32), group_width=8)
+DTYPES = pytest.mark.parametrize(
+    'dtype, tolerance', [('double', 1e-12), ('float', 1e-5)]
+)
+
+
+def image(*shape):
+    return torch.from_numpy(fill_input(0, shape))
+
+
+def norms(model):
+    return [n for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+
+
+def close(a, b, tolerance):
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape
+        assert (x - y).abs().max() <= tolerance * y.abs().max()
+
+
+@pytest.fixture
+def tamed(randomise):
+    """Randomise a module, with scales that keep its outputs near 1."""
+
+    def fill(module):
+        randomise(module).eval()
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.weight.data[::2].neg_()
+            if isinstance(layer, ConvAWS2d):
+                fan_in = layer.weight[0].numel()
+                layer.weight_gamma.copy_(layer.weight_gamma.abs() + 0.5)
+                layer.weight_gamma /= fan_in**0.5
+                layer.weight_beta /= fan_in
+            if isinstance(layer, SAConv):  # in a deep net, products explode
+                for side in (layer.switch, layer.post_context):
+                    side.weight.data *= 0.02
+        return module
+
+    return fill
+
+
+LAYERS = [
+    dict(type='SPConv', alpha=0.25),
+    dict(type='SAConv'),
+    dict(type='SAConv', use_deform=True),
+    dict(type='ConvAWS2d'),
+]
+
+
+@DTYPES
+@pytest.mark.parametrize('conv_cfg', LAYERS)
+@pytest.mark.parametrize('norm_cfg', [dict(type='BN'), None])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', [(8, 12), (9, 7)])
+@pytest.mark.filterwarnings('ignore:Unnecessary conv bias')
+def test_layer(
+    conv_cfg, norm_cfg, bias, stride, size, dtype, tolerance, tamed
+):
+    module = ConvModule(
+        *(8, 6, 3, stride, 1), bias=bias, conv_cfg=conv_cfg, norm_cfg=norm_cfg
+    )
+    module = getattr(tamed(module), dtype)()
+    before = copy.deepcopy(module.state_dict())
+    x = getattr(image(2, 8, *size), dtype)()
+    if conv_cfg['type'] == 'SAConv' and not norm_cfg:
+        with pytest.raises(ValueError, match='folded already'):
+            fold(module)
+        return
+    folded = fold(module)
+    close([folded(x)], [module(x)], tolerance)
+    assert norms(folded) == []
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert type(folded.conv) is dict(
+        SPConv=FoldedSPConv, SAConv=SAConv, ConvAWS2d=nn.Conv2d
+    ).get(conv_cfg['type'])
+    for name, value in module.state_dict().items():  # untouched
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize('conv_cfg', LAYERS)
+def test_mmcvs_folding_is_wrong(conv_cfg, tamed):
+    """Which is why this one exists: on SPConv it fails or changes values."""
+    module = ConvModule(
+        8, 6, 3, padding=1, conv_cfg=conv_cfg, norm_cfg=dict(type='BN')
+    )
+    module = tamed(module).double()
+    x = image(2, 8, 8, 12).double()
+    theirs = fuse_conv_bn(copy.deepcopy(module))(x)
+    assert (theirs - module(x)).abs().max() > 0.1
+
+
+def test_folded_saconv_keeps_its_names(tamed):
+    module = ConvModule(
+        *(8, 6, 3),
+        padding=1,
+        conv_cfg=dict(type='SAConv'),
+        norm_cfg=dict(type='BN'),
+    )
+    folded = fold(tamed(module).double())
+    other = SAConv(8, 6, 3, padding=1, bias=False).double()
+    other.load_state_dict(folded.conv.state_dict(), strict=True)
+    x = image(2, 8, 9, 7).double()
+    close([other(x)], [folded.conv(x)], 0)
+
+
+def test_norm_that_scales_by_zero(tamed):
+    x = image(2, 8, 9, 7).double()
+    for kind in ('SPConv', 'ConvAWS2d', 'SAConv'):
+        module = ConvModule(
+            *(8, 6, 3),
+            padding=1,
+            conv_cfg=dict(type=kind),
+            norm_cfg=dict(type='BN'),
+            act_cfg=None,
+        )
+        tamed(module).double().bn.weight.data[2] = 0
+        if kind == 'SAConv':
+            model = nn.Sequential(module)
+            with pytest.raises(ValueError, match='cannot fold 0: .* by zero'):
+                fold(model)
+            module.conv.post_context.weight.data[:, 2] = 0
+        folded = fold(module)
+        close([folded(x)], [module(x)], 1e-12)
+        assert (folded(x)[:, 2] == module.bn.bias[2]).all()
+
+
+def test_layers_alone(tamed):
+    """Bare ones, and those in a container that declares no pairs."""
+    x = image(2, 8, 9, 7).double()
+    for layer in (SPConv(8, 8, 3), ConvAWS2d(8, 8, 3, padding=1)):
+        model = nn.Sequential(layer, nn.ReLU(), copy.deepcopy(layer))
+        for module in (tamed(layer).double(), tamed(model).double()):
+            close([fold(module)(x)], [module(x)], 1e-12)
+        with pytest.raises(ValueError, match='folded already|expected'):
+            fold(fold(model))
+
+
+@DTYPES
+@pytest.mark.parametrize('arch', ['002', '032', TINY], ids=str)
+def test_g_ghost_regnet(arch, dtype, tolerance, tamed):
+    model = getattr(tamed(GGhostRegNet(arch)), dtype)()
+    folded = fold(model)
+    x = getattr(image(2, 3, 70, 101), dtype)()
+    close(folded(x), model(x), tolerance)
+    assert norms(folded) == []
+    with pytest.raises(ValueError, match='folded already'):
+        fold(folded)
+
+
+def test_g_ghost_classifier(tamed):
+    model = tamed(GGhostRegNet(TINY, fork_feat=False)).double()
+    folded = fold(model)
+    x = image(2, 3, 64, 64).double()
+    close([folded(x)], [model(x)], 1e-12)
+    assert norms(folded) == []
+
+
+@pytest.mark.parametrize(
+    'backbone, kwargs',
+    [
+        (ResNet, dict(depth=50, style='caffe')),
+        (ResNetV1d, dict(depth=50)),
+        (SlotResNet, dict(depth=18)),
+        (SlotResNet, dict(depth=50)),
+    ],
+)
+@pytest.mark.parametrize(
+    'dcn', [dict(type='SPConv', alpha=0.5), dict(type='SAConv')]
+)
+def test_resnet(backbone, kwargs, dcn, tamed):
+    model = tamed(
+        backbone(
+            base_channels=8,
+            dcn=dcn,
+            stage_with_dcn=(False, True, True, True),
+            **kwargs,
+        )
+    ).double()
+    folded = fold(model)
+    x = image(2, 3, 70, 101).double()
+    close(folded(x), model(x), 1e-10)  # through 50 random layers
+    assert norms(folded) == []
+
+
+def test_detectors_resnet(tamed):
+    model = tamed(
+        DetectoRS_ResNet(
+            depth=50,
+            base_channels=8,
+            conv_cfg=dict(type='ConvAWS2d'),
+            sac=dict(type='SAConv'),
+            stage_with_sac=(False, True, True, True),
+        )
+    ).double()
+    folded = fold(model)
+    x = image(2, 3, 70, 101).double()
+    close(folded(x), model(x), 1e-10)
+    assert norms(folded) == []
+    assert not any(type(m) is ConvAWS2d for m in folded.modules())
+
+
+def test_neck_and_head(tamed):
+    """Of a detector whose backbone is plain."""
+    register_all_modules()
+    path = f'{get_installed_path("mmdet")}/.mim/configs/retinanet/'
+    cfg = Config.fromfile(path + 'retinanet_r18_fpn_1x_coco.py').model
+    norm_cfg = dict(type='BN')
+    cfg.neck.update(conv_cfg=dict(type='ConvAWS2d'), norm_cfg=norm_cfg)
+    cfg.bbox_head.update(conv_cfg=dict(type='SPConv'), norm_cfg=norm_cfg)
+    for part in (cfg.neck, cfg.bbox_head):
+        part.update({k: 16 for k in ('out_channels',) if k in part})
+    cfg.bbox_head.update(in_channels=16, feat_channels=16)
+    cfg.backbone.pop('init_cfg')
+    model = MODELS.build(cfg)
+    tamed(model).double()
+    assert isinstance(model.neck, FPN)
+    assert isinstance(model.bbox_head, RetinaHead)
+    folded = fold(model)
+    x = image(2, 3, 96, 64).double()
+    maps = model.extract_feat(x)
+    close(folded.extract_feat(x), maps, 1e-11)
+    for a, b in zip(folded.bbox_head(maps), model.bbox_head(maps)):
+        close(a, b, 1e-11)
+    assert norms(folded) == []
+
+
+@pytest.mark.parametrize('kind', ['SAC', 'ConvAWS', 'ConvWS'])
+def test_mmcvs_layers_are_refused_by_name(kind):
+    model = ResNet(
+        50,
+        base_channels=8,
+        dcn=dict(type=kind),
+        stage_with_dcn=(False, False, False, True),
+    )
+    model.layer1[0].conv3 = ConvAWS2d(8, 32, 1, bias=False)
+    model.eval()
+    with pytest.raises(ValueError, match=r'layer4.0 into a (SA|Conv)\w+2d'):
+        fold(model)
+
+
+def test_other_norms_are_refused_by_name():
+    conv = SPConv(8, 8, 3, norm_cfg=dict(type='GN', num_groups=2))
+    model = nn.ModuleDict(dict(a=conv, b=ConvAWS2d(8, 8, 3))).eval()
+    with pytest.raises(ValueError, match='fold a: its SPConv has a GroupNorm'):
+        fold(model)
