@@ -1,0 +1,212 @@
+"""Compare the backbones on the nuclei: train all, by one recipe, and measure.
+
+Writes to the work directory: ``results.json``, what was measured; ``table.md``
+and ``compare.png``. A run that is there already is not repeated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any, Dict, List
+
+import matplotlib.pyplot as plt
+import torch
+from get_flops import count_detector
+from mmdet.apis import init_detector
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    name: ROOT / 'configs' / 'mini' / f'mask-rcnn_{file}_fpn_nuclei.py'
+    for name, file in {
+        'FasterNet-T0': 'fasternet-t0',
+        'G-Ghost RegNetX-200MF': 'g-ghost-regnetx-200MF',
+        'G-Ghost RegNetX-400MF': 'g-ghost-regnetx-400MF',
+        'ResNet-18': 'r18',
+        'ResNet-18 + SPConv': 'r18-spconv',
+        'ResNet-18 + SAConv': 'r18-saconv',
+    }.items()
+}
+METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
+SIDE = 256  # of the images, as the configs resize them
+WARM_UP = 3  # rounds that are not timed
+
+
+def train(
+    config: Path, seed: int, folder: Path, options: List[str]
+) -> Dict[str, Any]:
+    """Train and evaluate one model, or read what an earlier time gave."""
+    result_path = folder / 'result.json'
+    if result_path.exists():
+        result = json.loads(result_path.read_text())
+        if result['options'] == options:
+            return result
+    print(f'==> {config.stem}, seed {seed}', flush=True)
+    command = [
+        *(sys.executable, ROOT / 'tools' / 'train.py', config),
+        *('--work-dir', folder, '--cfg-options'),
+        *(f'randomness.seed={seed}', *options),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'train.log', 'w') as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f'Training {config.stem} failed, see {folder}/train.log.')
+    scalars = max(folder.glob('*/vis_data/scalars.json'))
+    entries = [json.loads(line) for line in scalars.read_text().splitlines()]
+    steps = [entry for entry in entries if 'loss' in entry]
+    if not steps or 'loss' in entries[-1]:
+        sys.exit(f'{scalars} holds no loss, or no evaluation at its end.')
+    result = dict(
+        options=options,
+        checkpoint=(folder / 'last_checkpoint').read_text(),
+        # without evaluations: seconds per iteration, times iterations
+        seconds=mean(entry['time'] for entry in steps) * steps[-1]['step'],
+        # mmdet reports nothing of a model that found nothing.
+        **{name: entries[-1].get(key, 0.0) for name, key in METRICS.items()},
+    )
+    result_path.write_text(json.dumps(result))
+    return result
+
+
+@torch.no_grad()
+def measure_latencies(
+    checkpoints: Dict[str, str], rounds: int
+) -> Dict[str, float]:
+    """Time each detector on one image, in milliseconds.
+
+    By turns, so that what else the machine does meets all of them; the median
+    of the rounds.
+    """
+    models = {
+        name: init_detector(CONFIGS[name], checkpoint, device='cpu')
+        for name, checkpoint in checkpoints.items()
+    }
+    cfg = next(iter(models.values())).cfg
+    data = DATASETS.build(cfg.test_dataloader.dataset)[0]
+    batch = {key: [value] for key, value in data.items()}
+    times = {name: [] for name in models}
+    for _ in range(WARM_UP + rounds):
+        for name, model in models.items():
+            start = perf_counter()
+            model.test_step(batch)
+            times[name].append(perf_counter() - start)
+    return {
+        name: 1000 * median(values[WARM_UP:]) for name, values in times.items()
+    }
+
+
+def spread(values: List[float]) -> str:
+    """Write a mean and the extremes."""
+    return f'{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})'
+
+
+def make_table(results: Dict[str, Dict[str, Any]]) -> str:
+    """Write the results as a table in Markdown."""
+    lines = [
+        f'| backbone | {" | ".join(METRICS)} | params (M) | FLOPs (G) '
+        '| latency (ms) | training (min) |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    for name, result in results.items():
+        aps = [spread(result[metric]) for metric in METRICS]
+        lines.append(
+            f'| {name} | {" | ".join(aps)} | {result["params"] / 1e6:.2f} '
+            f'| {result["flops"] / 1e9:.2f} | {result["latency"]:.0f} '
+            f'| {mean(result["seconds"]) / 60:.1f} |'
+        )
+    return '\n'.join(lines) + '\n'
+
+
+def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:
+    """Draw AP over latency; bars from the lowest to the highest seed."""
+    figure, axes = plt.subplots(
+        1, len(METRICS), figsize=(10, 4.5), sharey=True, layout='constrained'
+    )
+    for axis, metric in zip(axes, METRICS):
+        for name, result in results.items():
+            aps = result[metric]
+            low, high = mean(aps) - min(aps), max(aps) - mean(aps)
+            axis.errorbar(
+                result['latency'],
+                mean(aps),
+                yerr=[[low], [high]],
+                fmt='o',
+                capsize=4,
+                label=name,
+            )
+        axis.margins(x=0.1)
+        axis.set(xlabel='latency (ms)', ylabel=metric, xlim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc='outside upper center',
+        ncols=3,
+    )
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('work_dir', type=Path)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument(
+        '--rounds', type=int, default=50, help='timed images per detector'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help="changes to all configs, as train.py's",
+    )
+    args = parser.parse_args()
+    data = Path(Config.fromfile(next(iter(CONFIGS.values()))).data_root)
+    if not data.is_dir():
+        parser.error(
+            f'there is no {data}: run python -m fasternet_det.datasets.nuclei '
+            f'{data}'
+        )
+    if args.rounds < 1:
+        parser.error(f'--rounds {args.rounds}: expected at least 1')
+
+    results, checkpoints = {}, {}
+    for name, config in CONFIGS.items():
+        runs = [
+            train(
+                config,
+                seed,
+                args.work_dir / config.stem / f'seed{seed}',
+                args.cfg_options,
+            )
+            for seed in args.seeds
+        ]
+        params, flops = count_detector(config, (SIDE, SIDE))
+        checkpoints[name] = runs[0]['checkpoint']
+        results[name] = dict(
+            params=params,
+            flops=flops,
+            **{key: [r[key] for r in runs] for key in ('seconds', *METRICS)},
+        )
+    latencies = measure_latencies(checkpoints, args.rounds)
+    for name, latency in latencies.items():
+        results[name]['latency'] = latency
+    table = make_table(results)
+    (args.work_dir / 'results.json').write_text(json.dumps(results, indent=1))
+    (args.work_dir / 'table.md').write_text(table)
+    plot(results, args.work_dir / 'compare.png')
+    print(table)
+    print(
+        f'AP: mean, lowest and highest of the seeds {args.seeds}. '
+        f'FLOPs: multiply-adds at {SIDE}x{SIDE}, 1000 proposals, 100 masks. '
+        f'Latency: one image, {torch.get_num_threads()} threads, as trained.'
+    )
+
+
+if __name__ == '__main__':
+    main()
