@@ -42,14 +42,14 @@ def affine(norm: _BatchNorm) -> Tuple[Tensor, Tensor]:
 
 
 def _plain(
-    like: nn.Conv2d, weight: Tensor, bias: Tensor, **geometry: object
+    like: nn.Conv2d, weight: Tensor, bias: Tensor, groups: int = 1
 ) -> nn.Conv2d:
     """Make a plain convolution of a weight and bias given in float64."""
     conv = nn.Conv2d(
-        *(weight.shape[1], weight.shape[0], weight.shape[2:]),
+        *(weight.shape[1] * groups, weight.shape[0], weight.shape[2:]),
+        *(like.stride, like.padding, like.dilation, groups),
         device=like.weight.device,
         dtype=like.weight.dtype,
-        **geometry,
     )
     conv.weight.copy_(weight)
     conv.bias.copy_(bias)
@@ -87,8 +87,6 @@ class FoldedSPConv(nn.Module):
             conv.gwc,
             weight * (scale3 * scale)[:, None, None, None],
             shift3 * scale + shift,
-            stride=conv.stride,
-            padding=1,
         )
         scale1, shift1 = affine(conv.bn2)
         self.conv1x1 = _plain(
@@ -97,8 +95,9 @@ class FoldedSPConv(nn.Module):
             * (scale1 * scale)[:, None, None, None],
             (conv.conv1x1.bias.double() * scale1 + shift1) * scale + shift,
         )
-        # Where the scale is zero, both branches are the shift: any mix does.
-        back = torch.where(scale == 0, 0, 1 / scale)[:, None, None]
+        # Where the scale is next to nothing, both branches are the shift, and
+        # any mix does.
+        back = torch.where(scale.abs() < 1e-13, 0, 1 / scale)[:, None, None]
         self.register_buffer('back', back.to(conv.gwc.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,28 +129,26 @@ def _fold_aws(
         conv,
         double.standardised_weight() * scale[:, None, None, None],
         bias * scale + shift,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
+        conv.groups,
     )
 
 
 def _fold_saconv(
     conv: SAConv, scale: Tensor, shift: Tensor, name: str
 ) -> nn.Module:
-    if conv.post_context.weight[:, scale == 0].any():
-        raise ValueError(
-            f'cannot fold {name}: its norm scales channels by zero that the '
-            'post-context of its SAConv reads'
-        )
     folded = copy.deepcopy(conv).double()
     rows = scale[:, None, None, None]
     for value in (folded.weight_gamma, folded.weight_beta, folded.weight_diff):
         value.mul_(rows)
     # The post-context reads scaled channels, so that it scales them back.
-    columns = torch.where(scale == 0, 1, scale)[:, None, None]
-    folded.post_context.weight.mul_(rows / columns)
+    context = folded.post_context.weight
+    scaled = context * rows / scale[:, None, None]
+    context.copy_(torch.where((context == 0) | (rows == 0), 0, scaled))
+    if not context.to(conv.weight.dtype).isfinite().all():
+        raise ValueError(
+            f'cannot fold {name}: its norm scales channels by zero, or next '
+            'to it, that the post-context of its SAConv reads'
+        )
     folded.post_context.bias.mul_(scale).add_(shift)
     if conv.bias is not None:
         folded.bias.mul_(scale)

@@ -125,25 +125,41 @@ def test_folded_saconv_keeps_its_names(tamed):
     close([other(x)], [folded.conv(x)], 0)
 
 
-def test_norm_that_scales_by_zero(tamed):
-    x = image(2, 8, 9, 7).double()
-    for kind in ('SPConv', 'ConvAWS2d', 'SAConv'):
-        module = ConvModule(
-            *(8, 6, 3),
-            padding=1,
-            conv_cfg=dict(type=kind),
-            norm_cfg=dict(type='BN'),
-            act_cfg=None,
-        )
-        tamed(module).double().bn.weight.data[2] = 0
-        if kind == 'SAConv':
-            model = nn.Sequential(module)
-            with pytest.raises(ValueError, match='cannot fold 0: .* by zero'):
-                fold(model)
-            module.conv.post_context.weight.data[:, 2] = 0
-        folded = fold(module)
-        close([folded(x)], [module(x)], 1e-12)
-        assert (folded(x)[:, 2] == module.bn.bias[2]).all()
+@pytest.mark.parametrize('kind', ['SPConv', 'ConvAWS2d', 'SAConv'])
+@pytest.mark.parametrize('scale', [0, 1e-43, 1e-20])
+@DTYPES
+def test_norm_that_scales_by_next_to_nothing(
+    kind, scale, dtype, tolerance, tamed
+):
+    module = ConvModule(
+        *(8, 6, 3),
+        padding=1,
+        conv_cfg=dict(type=kind),
+        norm_cfg=dict(type='BN'),
+        act_cfg=None,
+    )
+    module = getattr(tamed(module), dtype)()
+    module.bn.weight.data[2] = scale
+    if kind == 'SAConv' and (scale == 0 or scale < 1e-40 and dtype == 'float'):
+        model = nn.Sequential(module)
+        with pytest.raises(ValueError, match='cannot fold 0: .* by zero'):
+            fold(model)
+        context = module.conv.post_context.weight.data
+        context[[0, 1, 3, 4, 5], 2] = 0  # all that reads the channel
+    folded = fold(module)
+    x = getattr(image(2, 8, 9, 7), dtype)()
+    close([folded(x)], [module(x)], tolerance)
+    close([folded(x)[:, 2]], [module.bn.bias[2].expand(2, 9, 7)], tolerance)
+
+
+def test_groups(tamed):
+    for kind in (ConvAWS2d, SAConv):
+        conv = tamed(kind(8, 6, 3, 2, 2, 2, groups=2))
+        model = ConvModule(8, 6, 3, norm_cfg=dict(type='BN'))
+        model.conv = conv
+        tamed(model).double()
+        x = image(2, 8, 9, 7).double()
+        close([fold(model)(x)], [model(x)], 1e-12)
 
 
 def test_layers_alone(tamed):
