@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fill import fill_array
+from mmengine.utils import get_installed_path
 
 import fasternet_det  # noqa: F401, registers the backbone
 
@@ -123,6 +124,7 @@ def project(site, tmp_path_factory):
         return done.stdout
 
     run.folder = folder
+    run.tools = Path(get_installed_path('mmdet'), '.mim', 'tools')
     run.configs = site / 'fasternet_det' / '.mim' / 'configs'
     where = run('-c', 'import fasternet_det; print(fasternet_det.__file__)')
     assert where.strip() == str(site / 'fasternet_det' / '__init__.py')
@@ -149,3 +151,20 @@ def server(tmp_path, monkeypatch):
     yield f'http://127.0.0.1:{httpd.server_port}', requests
     httpd.shutdown()
     httpd.server_close()
+
+
+@pytest.fixture(scope='session')
+def config(project):
+    """The mini RetinaNet's config, as installed."""
+    return project.configs / 'mini' / 'retinanet_fasternet-t0_fpn_nuclei.py'
+
+
+@pytest.fixture(scope='session')
+def trained(project, config):
+    """Train RetinaNet with mmdet's train.py; return the work directory."""
+    project(
+        *(project.tools / 'train.py', config, '--cfg-options'),
+        *('train_cfg.max_iters=60', 'train_cfg.val_interval=60'),
+        'param_scheduler.1.end=60',
+    )
+    return project.folder / 'work_dirs' / config.stem

@@ -13,30 +13,12 @@ import numpy as np
 import pytest
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
-from mmengine.utils import get_installed_path
 from modelindex.load_model_index import load
 
 from fasternet_det.checkpoint import read_checkpoint
 from fasternet_det.deploy import optimize
 
 README = Path(__file__).parents[1] / 'README.md'
-MMDET_TOOLS = Path(get_installed_path('mmdet'), '.mim', 'tools')
-
-
-@pytest.fixture(scope='session')
-def config(project):
-    return project.configs / 'mini' / 'retinanet_fasternet-t0_fpn_nuclei.py'
-
-
-@pytest.fixture(scope='session')
-def trained(project, config):
-    """Train with mmdet's train.py; return the work directory."""
-    project(
-        *(MMDET_TOOLS / 'train.py', config, '--cfg-options'),
-        *('train_cfg.max_iters=60', 'train_cfg.val_interval=60'),
-        'param_scheduler.1.end=60',
-    )
-    return project.folder / 'work_dirs' / config.stem
 
 
 @pytest.fixture(scope='session')
@@ -56,7 +38,7 @@ def test_train_learns(history):
 def score(project, config, checkpoint, work_dir, *options):
     """Run test.py; return what it reports."""
     project(
-        *(MMDET_TOOLS / 'test.py', config, checkpoint),
+        *(project.tools / 'test.py', config, checkpoint),
         *('--work-dir', work_dir, *options),
     )
     path = max((project.folder / work_dir).glob('2*/2*.json'))
@@ -92,7 +74,7 @@ def test_resume(trained, project, config):
     work_dir = trained.parent / 'resumed'
     shutil.copytree(trained, work_dir)
     project(
-        *(MMDET_TOOLS / 'train.py', config, '--resume'),
+        *(project.tools / 'train.py', config, '--resume'),
         *('--work-dir', work_dir, '--cfg-options', 'train_cfg.max_iters=63'),
         'default_hooks.logger.interval=1',
     )

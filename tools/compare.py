@@ -6,12 +6,15 @@ and ``compare.png``. A run that is there already is not repeated.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import matplotlib.pyplot as plt
 import torch
@@ -19,6 +22,8 @@ from get_flops import count_detector
 from mmdet.apis import init_detector
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.optim import build_optim_wrapper
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
@@ -38,7 +43,7 @@ WARM_UP = 3  # rounds that are not timed
 
 
 def train(
-    config: Path, seed: int, folder: Path, options: List[str]
+    config: Path, seed: int, folder: Path, options: List[str], threads: int
 ) -> Dict[str, Any]:
     """Train and evaluate one model, or read what an earlier time gave."""
     result_path = folder / 'result.json'
@@ -54,19 +59,22 @@ def train(
     ]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'train.log', 'w') as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(OMP_NUM_THREADS=str(threads)),
+        )
     if done.returncode:
         sys.exit(f'Training {config.stem} failed, see {folder}/train.log.')
     scalars = max(folder.glob('*/vis_data/scalars.json'))
     entries = [json.loads(line) for line in scalars.read_text().splitlines()]
-    steps = [entry for entry in entries if 'loss' in entry]
-    if not steps or 'loss' in entries[-1]:
-        sys.exit(f'{scalars} holds no loss, or no evaluation at its end.')
+    if 'loss' in entries[-1]:
+        sys.exit(f'{scalars} holds no evaluation at its end.')
     result = dict(
         options=options,
         checkpoint=(folder / 'last_checkpoint').read_text(),
-        # without evaluations: seconds per iteration, times iterations
-        seconds=mean(entry['time'] for entry in steps) * steps[-1]['step'],
+        iterations=entries[-1]['step'],
         # mmdet reports nothing of a model that found nothing.
         **{name: entries[-1].get(key, 0.0) for name, key in METRICS.items()},
     )
@@ -74,30 +82,58 @@ def train(
     return result
 
 
-@torch.no_grad()
-def measure_latencies(
-    checkpoints: Dict[str, str], rounds: int
+def take_turns(
+    calls: Dict[str, Callable[[], Any]], rounds: int
 ) -> Dict[str, float]:
-    """Time each detector on one image, in milliseconds.
+    """Time calls in milliseconds, the median of the rounds.
 
-    By turns, so that what else the machine does meets all of them; the median
-    of the rounds.
+    By turns, so that what else the machine does meets all of them.
     """
+    times = {name: [] for name in calls}
+    for _ in range(WARM_UP + rounds):
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            times[name].append(perf_counter() - start)
+    return {
+        name: 1000 * median(values[WARM_UP:]) for name, values in times.items()
+    }
+
+
+def measure_times(
+    checkpoints: Dict[str, str], rounds: int
+) -> Dict[str, Dict[str, float]]:
+    """Time each detector on one image, and a training step on one batch."""
     models = {
         name: init_detector(CONFIGS[name], checkpoint, device='cpu')
         for name, checkpoint in checkpoints.items()
     }
     cfg = next(iter(models.values())).cfg
-    data = DATASETS.build(cfg.test_dataloader.dataset)[0]
-    batch = {key: [value] for key, value in data.items()}
-    times = {name: [] for name in models}
-    for _ in range(WARM_UP + rounds):
-        for name, model in models.items():
-            start = perf_counter()
-            model.test_step(batch)
-            times[name].append(perf_counter() - start)
+    image = pseudo_collate([DATASETS.build(cfg.test_dataloader.dataset)[0]])
+    with torch.no_grad():
+        latencies = take_turns(
+            {name: partial(m.test_step, image) for name, m in models.items()},
+            rounds,
+        )
+    torch.manual_seed(0)
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    batch = pseudo_collate(
+        [dataset[i] for i in range(cfg.train_dataloader.batch_size)]
+    )
+    steps = take_turns(
+        {
+            name: partial(
+                model.train().train_step,
+                batch,
+                build_optim_wrapper(model, cfg.optim_wrapper),
+            )
+            for name, model in models.items()
+        },
+        -(-rounds // 5),
+    )
     return {
-        name: 1000 * median(values[WARM_UP:]) for name, values in times.items()
+        name: dict(latency=latencies[name], step=steps[name])
+        for name in models
     }
 
 
@@ -115,10 +151,11 @@ def make_table(results: Dict[str, Dict[str, Any]]) -> str:
     ]
     for name, result in results.items():
         aps = [spread(result[metric]) for metric in METRICS]
+        minutes = result['step'] * result['iterations'] / 60_000
         lines.append(
             f'| {name} | {" | ".join(aps)} | {result["params"] / 1e6:.2f} '
             f'| {result["flops"] / 1e9:.2f} | {result["latency"]:.0f} '
-            f'| {mean(result["seconds"]) / 60:.1f} |'
+            f'| {minutes:.1f} |'
         )
     return '\n'.join(lines) + '\n'
 
@@ -156,7 +193,16 @@ def main() -> None:
     parser.add_argument('work_dir', type=Path)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument(
-        '--rounds', type=int, default=50, help='timed images per detector'
+        '--rounds',
+        type=int,
+        default=50,
+        help='timed images per detector, and a fifth as many training steps',
+    )
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=1,
+        help='models trained at once, which share the threads',
     )
     parser.add_argument(
         '--cfg-options',
@@ -172,30 +218,39 @@ def main() -> None:
             f'there is no {data}: run python -m fasternet_det.datasets.nuclei '
             f'{data}'
         )
-    if args.rounds < 1:
-        parser.error(f'--rounds {args.rounds}: expected at least 1')
+    for option in ('rounds', 'jobs'):
+        if getattr(args, option) < 1:
+            parser.error(f'--{option}: expected at least 1')
 
+    threads = max(torch.get_num_threads() // args.jobs, 1)
+    runs = [
+        (config, seed) for config in CONFIGS.values() for seed in args.seeds
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        scores = list(
+            pool.map(
+                lambda run: train(
+                    *run,
+                    args.work_dir / run[0].stem / f'seed{run[1]}',
+                    args.cfg_options,
+                    threads,
+                ),
+                runs,
+            )
+        )
     results, checkpoints = {}, {}
     for name, config in CONFIGS.items():
-        runs = [
-            train(
-                config,
-                seed,
-                args.work_dir / config.stem / f'seed{seed}',
-                args.cfg_options,
-            )
-            for seed in args.seeds
-        ]
+        own = [score for run, score in zip(runs, scores) if run[0] == config]
         params, flops = count_detector(config, (SIDE, SIDE))
-        checkpoints[name] = runs[0]['checkpoint']
+        checkpoints[name] = own[0]['checkpoint']
         results[name] = dict(
             params=params,
             flops=flops,
-            **{key: [r[key] for r in runs] for key in ('seconds', *METRICS)},
+            iterations=own[0]['iterations'],
+            **{key: [score[key] for score in own] for key in METRICS},
         )
-    latencies = measure_latencies(checkpoints, args.rounds)
-    for name, latency in latencies.items():
-        results[name]['latency'] = latency
+    for name, times in measure_times(checkpoints, args.rounds).items():
+        results[name].update(times)
     table = make_table(results)
     (args.work_dir / 'results.json').write_text(json.dumps(results, indent=1))
     (args.work_dir / 'table.md').write_text(table)
@@ -204,7 +259,8 @@ def main() -> None:
     print(
         f'AP: mean, lowest and highest of the seeds {args.seeds}. '
         f'FLOPs: multiply-adds at {SIDE}x{SIDE}, 1000 proposals, 100 masks. '
-        f'Latency: one image, {torch.get_num_threads()} threads, as trained.'
+        f'Latency: one image, {torch.get_num_threads()} threads, as trained. '
+        'Training: the median step, times the iterations.'
     )
 
 

@@ -15,7 +15,6 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.utils import get_installed_path
 
 from fasternet_det import FasterNet
 from fasternet_det.deploy import fold
@@ -28,7 +27,6 @@ from fasternet_det.deploy.evaluate import (
 from fasternet_det.deploy.export import export, load
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-MMDET_TOOLS = Path(get_installed_path('mmdet'), '.mim', 'tools')
 RETINANET = 'mini/retinanet_fasternet-t0_fpn_nuclei.py'
 MASK_RCNN = 'mini/mask-rcnn_fasternet-t0_fpn_nuclei.py'
 RUNTIMES = ('onnxruntime', 'openvino')
@@ -143,16 +141,10 @@ def test_classifier(randomise, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def retinanet(project):
-    """Config and model, trained for 40 iterations by mmdet's train.py."""
-    config = project.configs / RETINANET
-    project(
-        *(MMDET_TOOLS / 'train.py', config, '--work-dir', 'retinanet'),
-        *('--cfg-options', 'train_cfg.max_iters=40'),
-        *('train_cfg.val_interval=40', 'param_scheduler.1.end=40'),
-    )
+def retinanet(config, trained):
+    """Config and trained model."""
     config = Config.fromfile(config)
-    checkpoint = str(project.folder / 'retinanet' / 'iter_40.pth')
+    checkpoint = str(trained / 'iter_60.pth')
     return config, init_detector(config, checkpoint, device='cpu')
 
 

@@ -55,12 +55,15 @@ def test_trains_and_measures(compare, monkeypatch, capsys, tmp_path):
         *('train_dataloader.batch_size=2', 'default_hooks.logger.interval=1'),
     ]
     for again in (False, True):
-        compare.run('out', '--seeds', 3, '--rounds', 1, *options)
+        compare.run(
+            'out', '--seeds', 3, 4, '--jobs', 2, '--rounds', 1, *options
+        )
         said = capsys.readouterr().out
         assert ('seed 3' in said) != again
     (result,) = json.loads(Path('out/results.json').read_text()).values()
-    assert 0 <= result['box AP'][0] <= 1 and len(result['mask AP']) == 1
-    assert result['latency'] > 1 and result['seconds'][0] > 0.01
+    assert 0 <= result['box AP'][0] <= 1 and len(result['mask AP']) == 2
+    assert result['latency'] > 1 and result['step'] > 10
+    assert result['iterations'] == 1
     assert result['params'] == 3_406_798
     assert Path('out/table.md').read_text() in said
     assert Path('out/compare.png').read_bytes().startswith(b'\x89PNG')
@@ -73,7 +76,8 @@ def test_table(compare):
         'params': 4_170_000,
         'flops': 6_630_000_000,
         'latency': 163.4,
-        'seconds': [60, 90, 120],
+        'step': 750.0,
+        'iterations': 120,
     }
     row = compare.make_table({'A': result}).splitlines()[-1]
     assert row == (
