@@ -13,8 +13,9 @@ import pytest
 import torch
 from fill import fill_array
 from mmengine.utils import get_installed_path
+from torch.nn.modules.batchnorm import _BatchNorm
 
-import fasternet_det  # noqa: F401, registers the backbone
+import fasternet_det
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / 'tests' / 'data'
@@ -67,6 +68,29 @@ def randomise(filled):
     def fill(module):
         shapes = {k: v.shape for k, v in module.state_dict().items()}
         module.load_state_dict(filled(shapes))
+        return module
+
+    return fill
+
+
+@pytest.fixture
+def tamed(randomise):
+    """Randomise a module, with scales that keep its outputs near 1."""
+
+    def fill(module):
+        randomise(module).eval()
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.weight.data[::2].neg_()
+            if isinstance(layer, fasternet_det.ConvAWS2d):
+                fan_in = layer.weight[0].numel()
+                layer.weight_gamma.copy_(layer.weight_gamma.abs() + 0.5)
+                layer.weight_gamma /= fan_in**0.5
+                layer.weight_beta /= fan_in
+            if isinstance(layer, fasternet_det.SAConv):
+                # in a deep net, products explode
+                for side in (layer.switch, layer.post_context):
+                    side.weight.data *= 0.02
         return module
 
     return fill

@@ -14,6 +14,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from fasternet_det import FasterNet, GGhostRegNet
 from fasternet_det.checkpoint import (
     load_exactly,
     read_checkpoint,
@@ -59,7 +60,11 @@ def load_model(
     )
     if what == 'backbone':
         model = MODELS.build(config.model.backbone)
-        model.load_pretrained(read_state_dict(checkpoint), checkpoint)
+        state_dict = read_state_dict(checkpoint)
+        if isinstance(model, (FasterNet, GGhostRegNet)):
+            model.load_pretrained(state_dict, checkpoint)
+        else:
+            load_exactly(model, state_dict, source=checkpoint)
     else:
         read = read_checkpoint(checkpoint)
         model = MODELS.build(config.model)

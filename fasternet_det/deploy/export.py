@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Union
 import numpy as np
 import torch
 import torch.nn as nn
+from mmdet.models import BaseDetector
 
-from ..backbones import FasterNet
 from .end_to_end import end_to_end, nms, roi_align
 from .fold import fold
 
@@ -73,7 +73,7 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
     """Fold a model and express it in ONNX's standard operators.
 
     Args:
-        model (nn.Module): A :class:`FasterNet` or a detector with one, in
+        model (nn.Module): A backbone or detector that :func:`fold` takes, in
             eval mode and not folded. It is left as it is.
 
     Returns:
@@ -87,20 +87,26 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
         ValueError: If the model cannot be folded or exported.
     """
     folded = fold(model)
-    if isinstance(folded, FasterNet):
-        graph, in_channels = folded, folded.in_channels
-        names = [f'map{i}' for i in range(len(folded.out_indices))]
-        if not folded.fork_feat:
-            names = ['logits']
-    else:
-        graph, in_channels = end_to_end(folded), folded.backbone.in_channels
+    graph, backbone, names = folded, folded, None
+    if isinstance(folded, BaseDetector):
+        graph, backbone = end_to_end(folded), folded.backbone
         names = graph.names
+    # mmdet's own backbones do not say; their first layer does.
+    in_channels = getattr(
+        backbone, 'in_channels', next(backbone.parameters()).shape[1]
+    )
     # torch takes a size of 1 in its example for a constant.
     program = torch.export.export(
         graph,
         (torch.zeros(2, in_channels, 96, 128),),
         dynamic_shapes=({dim: torch.export.Dim.DYNAMIC for dim in DIMS},),
     )
+    if names is None:
+        names = [
+            f'map{i}' for i in range(len(program.graph_signature.user_outputs))
+        ]
+        if not getattr(folded, 'fork_feat', True):
+            names = ['logits']
     proto = torch.onnx.export(
         program,
         input_names=[INPUT],

@@ -71,6 +71,7 @@ class FoldedSPConv(nn.Module):
 
     def __init__(self, conv: SPConv, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
+        self.in_channels = conv.in_channels
         self.split_sizes = conv.split_sizes
         self.stride = conv.stride
         scale3, shift3 = affine(conv.bn1)

@@ -1,4 +1,4 @@
-"""The fast form of a FasterNet, or of a detector with one."""
+"""The fast form of a backbone, or of a detector."""
 
 from functools import partial
 from typing import Any, Dict, Iterator, Optional
@@ -8,7 +8,12 @@ import torch.nn as nn
 from mmcv.cnn import ConvModule, Scale
 from mmcv.cnn.bricks.wrappers import Conv2d, ConvTranspose2d
 from mmcv.ops import RoIAlign
-from mmdet.models import CascadeRoIHead, SingleStageDetector, StandardRoIHead
+from mmdet.models import (
+    BaseDetector,
+    CascadeRoIHead,
+    SingleStageDetector,
+    StandardRoIHead,
+)
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.necks import FPN
@@ -20,13 +25,16 @@ from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import (
 )
 from torch import Tensor
 
-from ..backbones import FasterNet
 from ..backbones.fasternet import FasterNetBlock
+from ..backbones.g_ghost_regnet import Bottleneck
+from ..layers import SAConv
 from .fold import fold
 from .operators import (
+    FastBottleneck,
     FastRoIAlign,
     FastRoIExtractor,
     FastRPNHead,
+    FastSAConv,
     FusedConv2d,
     FusedLinear,
     FusedUpsample,
@@ -52,6 +60,8 @@ def _fused(module: nn.Module) -> Optional[nn.Module]:
     """What computes the same as a folded module in fewer steps, if known."""
     if isinstance(module, FasterNetBlock) and fuses(module.mlp[2]):
         return InPlaceBlock(module)
+    if type(module) is SAConv and not module.use_deform:
+        return FastSAConv(module)
     if _is_plain(module):
         return FusedConv2d(module)
     if type(module) is nn.Linear:
@@ -86,6 +96,18 @@ def _fuse(module: nn.Module, known: Dict[nn.Module, nn.Module]) -> None:
             _fuse(child, known)
         else:
             setattr(module, name, known[child])
+
+
+def _fuse_bottlenecks(model: nn.Module) -> None:
+    """Let folded Bottlenecks compute by our operators."""
+    for module in model.modules():
+        if type(module) is Bottleneck and all(
+            isinstance(norm, nn.Identity)
+            for norm in (module.bn1, module.bn2, module.bn3)
+        ):
+            module.__class__ = FastBottleneck
+            module.conv1 = FusedConv2d(module.conv1, nn.ReLU())
+            module.conv2 = FusedConv2d(module.conv2, nn.ReLU())
 
 
 def _cast(value: Any, **to: Any) -> Any:
@@ -141,6 +163,12 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
             f'{", ".join(map(str, dtypes))}'
         )
     for name, module in model.named_modules():
+        if isinstance(module, SAConv) and module.use_deform:
+            if dtype != torch.float32:
+                raise ValueError(
+                    f'cannot compute {name} in {dtype}: its SAConv is '
+                    "deformable, and mmcv's op computes in torch.float32"
+                )
         of_mmcv = type(module).__module__.startswith('mmcv.ops')
         if of_mmcv and '.roi_layers.' not in name:
             raise ValueError(
@@ -149,7 +177,8 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
             )
     roi_head = getattr(model, 'roi_head', None)
     if dtype != torch.float32 and not (
-        isinstance(model, (FasterNet, SingleStageDetector))
+        not isinstance(model, BaseDetector)
+        or isinstance(model, SingleStageDetector)
         or type(roi_head) in (StandardRoIHead, CascadeRoIHead)
     ):
         raise ValueError(
@@ -177,13 +206,17 @@ def _predictors(head: nn.Module) -> Iterator[nn.Module]:
 
 def _set_precision(model: nn.Module, to: Dict[str, Any]) -> None:
     """Compute in a dtype and memory format, but for boxes and pooling."""
-    for name, child in model.named_children():
-        if name != 'data_preprocessor':
-            child.to(**to)
+    backbone = model
+    if isinstance(model, BaseDetector):
+        backbone = model.backbone
+        for name, child in model.named_children():
+            if name != 'data_preprocessor':
+                child.to(**to)
+    else:
+        model.to(**to)
+    backbone.register_forward_pre_hook(partial(_cast_input, **to))
     boxes = dict(dtype=torch.float32)
     for module in model.modules():
-        if isinstance(module, FasterNet):
-            module.register_forward_pre_hook(partial(_cast_input, **to))
         if isinstance(module, HEADS):
             module.register_forward_hook(partial(_cast_output, **boxes))
             for layer in _predictors(module):
@@ -203,7 +236,7 @@ def optimize(
     memory_format: torch.memory_format = torch.channels_last,
     compile: bool = False,
 ) -> nn.Module:
-    """Make the fast form of a FasterNet, or of a detector with one.
+    """Make the fast form of a backbone of ours, or of what holds one.
 
     BatchNorms are folded (:func:`fold`), weights laid out for the processor,
     activations and residuals fused into the convolutions, partial
@@ -212,8 +245,8 @@ def optimize(
     it unchanged.
 
     Args:
-        model (nn.Module): A :class:`FasterNet` or an mmdet detector with one,
-            in eval mode. It is left as it is.
+        model (nn.Module): A backbone, layer or mmdet detector that
+            :func:`fold` takes, in eval mode. It is left as it is.
         dtype (torch.dtype): In which to compute: float32 (outputs equal the
             model's to 1e-5 relative), bfloat16, or float16 on CUDA. Boxes are
             predicted, decoded, suppressed and pooled from in float32 anyway.
@@ -235,11 +268,13 @@ def optimize(
     model = fold(model)
     _check(model, dtype)
     if compile:
+        backbone = getattr(model, 'backbone', model)
         for module in model.modules():
-            if isinstance(module, (FasterNet, FPN, *HEADS)):
+            if module is backbone or isinstance(module, (FPN, *HEADS)):
                 module.compile()
     else:
         _fuse_rpn(getattr(model, 'rpn_head', None))
+        _fuse_bottlenecks(model)
         _fuse(model, {})
     _set_precision(model, dict(dtype=dtype, memory_format=memory_format))
     return model.requires_grad_(False)

@@ -249,8 +249,19 @@ class SAConv(ConvAWS2d):
             for size, stride in zip(x.shape[2:], geometry[0])
         )
         offset = F.pad(offset, [0, columns - width, 0, rows - height])
-        out = deform_conv2d(x, offset, weight, *geometry)
-        return out[..., :height, :width]
+        # It takes channels_last memory for (N, C, H, W).
+        tensors = (t.contiguous() for t in (x, offset, weight))
+        return deform_conv2d(*tensors, *geometry)[..., :height, :width]
+
+    def _both(
+        self, x: Tensor, offset_s: Optional[Tensor], offset_l: Optional[Tensor]
+    ) -> Tuple[Tensor, Tensor]:
+        """Convolve at both dilations."""
+        weight = self.standardised_weight()
+        return (
+            self._atrous(x, weight, 1, offset_s),
+            self._atrous(x, weight + self.weight_diff, 3, offset_l),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution.
@@ -268,9 +279,7 @@ class SAConv(ConvAWS2d):
         if self.use_deform:
             smooth = F.avg_pool2d(_reflect(x), 5, stride=1)
             offset_s, offset_l = self.offset_s(smooth), self.offset_l(smooth)
-        weight = self.standardised_weight()
-        small = self._atrous(x, weight, 1, offset_s)
-        large = self._atrous(x, weight + self.weight_diff, 3, offset_l)
+        small, large = self._both(x, offset_s, offset_l)
         out = switch * small + (1 - switch) * large
         if self.bias is not None:
             out = out + self.bias[:, None, None]

@@ -38,28 +38,6 @@ def close(a, b, tolerance):
         assert (x - y).abs().max() <= tolerance * y.abs().max()
 
 
-@pytest.fixture
-def tamed(randomise):
-    """Randomise a module, with scales that keep its outputs near 1."""
-
-    def fill(module):
-        randomise(module).eval()
-        for layer in module.modules():
-            if isinstance(layer, _BatchNorm):
-                layer.weight.data[::2].neg_()
-            if isinstance(layer, ConvAWS2d):
-                fan_in = layer.weight[0].numel()
-                layer.weight_gamma.copy_(layer.weight_gamma.abs() + 0.5)
-                layer.weight_gamma /= fan_in**0.5
-                layer.weight_beta /= fan_in
-            if isinstance(layer, SAConv):  # in a deep net, products explode
-                for side in (layer.switch, layer.post_context):
-                    side.weight.data *= 0.02
-        return module
-
-    return fill
-
-
 LAYERS = [
     dict(type='SPConv', alpha=0.25),
     dict(type='SAConv'),

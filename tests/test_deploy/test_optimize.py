@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from fill import fill_array, fill_input
+from mmcv.cnn import ConvModule
 from mmcv.ops import ModulatedDeformConv2dPack, RoIAlign
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -12,11 +13,13 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from fasternet_det import FasterNet
+from fasternet_det import FasterNet, GGhostRegNet, SAConv, SlotResNet
 from fasternet_det.deploy import fold, optimize
 from fasternet_det.deploy.operators import (
     KEPT_SHAPES,
+    FastBottleneck,
     FastRoIAlign,
+    FastSAConv,
     FusedConv2d,
     FusedUpsample,
     InPlaceBlock,
@@ -80,6 +83,57 @@ def test_backbone_in_bfloat16(randomise):
     maps = optimize(model, torch.bfloat16)(x)
     assert {m.dtype for m in maps} == {torch.bfloat16}
     close([m.float() for m in maps], model(x), 0.05)
+
+
+def of_relatives():
+    """One of each, small."""
+    ghost = dict(depths=(2, 3, 4, 2), widths=(8, 16, 24, 32), group_width=8)
+    slot = dict(
+        depth=18, base_channels=16, stage_with_dcn=(False, True, True, True)
+    )
+    return {
+        'ghost': lambda: GGhostRegNet(ghost),
+        'spconv': lambda: SlotResNet(dcn=dict(type='SPConv'), **slot),
+        'saconv': lambda: SlotResNet(dcn=dict(type='SAConv'), **slot),
+    }
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('kind', of_relatives())
+def test_relatives(kind, layout, tamed):
+    model = tamed(of_relatives()[kind]())
+    fast = optimize(model, memory_format=layout)
+    kinds = [type(m) for m in fast.modules()]
+    assert kinds.count(FastBottleneck) == 11 * (kind == 'ghost')
+    assert kinds.count(FastSAConv) == 12 * (kind == 'saconv')
+    assert SAConv not in kinds and nn.Conv2d not in kinds
+    for shape in ((2, 3, 70, 101), (1, 3, 64, 96), (2, 3, 70, 101)):
+        close(fast(image(*shape)), model(image(*shape)), 1e-5)
+
+
+@pytest.mark.parametrize('kind', of_relatives())
+def test_relatives_in_bfloat16(kind, tamed):
+    model = tamed(of_relatives()[kind]())
+    x = image(2, 3, 64, 96)
+    maps = optimize(model, torch.bfloat16)(x)
+    assert {m.dtype for m in maps} == {torch.bfloat16}
+    close([m.float() for m in maps], model(x), 0.05)
+
+
+@torch.no_grad()
+def test_deformable_layer_in_channels_last(tamed):
+    """Which mmcv's op reads as (N, C, H, W)."""
+    model = ConvModule(
+        *(6, 8, 3),
+        padding=1,
+        conv_cfg=dict(type='SAConv', use_deform=True),
+        norm_cfg=dict(type='BN'),
+    )
+    tamed(model)
+    x = random('x', 2, 6, 9, 12)
+    close([optimize(model)(x)], [model(x)], 1e-5)
+    with pytest.raises(ValueError, match='compute conv in .*is deformable'):
+        optimize(model, torch.bfloat16)
 
 
 @torch.no_grad()
