@@ -96,6 +96,24 @@ def tamed(randomise):
     return fill
 
 
+@pytest.fixture(params=['ghost', 'spconv', 'saconv'])
+def relative(request, tamed):
+    """A small backbone of each kind but FasterNet's."""
+    if request.param == 'ghost':
+        arch = dict(depths=(2, 3, 4, 2), widths=(8, 16, 24, 32), group_width=8)
+        return tamed(fasternet_det.GGhostRegNet(arch))
+    return tamed(
+        fasternet_det.SlotResNet(
+            depth=18,
+            base_channels=16,
+            dcn=dict(
+                type=dict(spconv='SPConv', saconv='SAConv')[request.param]
+            ),
+            stage_with_dcn=(False, True, True, True),
+        )
+    )
+
+
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
     """A folder with our wheel installed, made by way of an sdist."""

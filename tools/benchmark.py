@@ -1,10 +1,10 @@
 """Compare models, forms of them and runtimes, side by side on this machine.
 
 A SIDE is NAME[@RUNTIME][:option,...]. NAME is fasternet-ARCH,
-timm-fasternet-ARCH, resnet-18, resnet-50, mobilenet-v2, swin-t, pvt-v2-b0,
-pvt-v2-b1, pvt-v2-b2, or the config of a detector. RUNTIME is torch,
-onnxruntime or openvino. Without options, a side is the plain module in
-float32; the options are
+timm-fasternet-ARCH, g-ghost-ARCH, resnet-18, resnet-50, either of these with
+-spconv or -saconv, mobilenet-v2, swin-t, pvt-v2-b0, pvt-v2-b1, pvt-v2-b2, or
+the config of a detector. RUNTIME is torch, onnxruntime or openvino. Without
+options, a side is the plain module in float32; the options are
 
   original       the original's forward in every FasterNet block
   fold           BatchNorms folded

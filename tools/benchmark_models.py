@@ -18,14 +18,29 @@ from mmengine.structures import InstanceData
 from mmengine.utils import get_installed_path
 from torch import Tensor
 
-from fasternet_det import FasterNet
+from fasternet_det import ConvAWS2d, FasterNet, GGhostRegNet
 from fasternet_det.backbones.fasternet import FasterNetBlock
 from fasternet_det.checkpoint import fasternet_to_timm, read_checkpoint
 from fasternet_det.deploy import fold, optimize
+from fasternet_det.deploy.fold import OURS
 
-MMDET_BACKBONES: Dict[str, dict] = {
+BACKBONES: Dict[str, dict] = {
     'resnet-18': dict(type='ResNet', depth=18),
     'resnet-50': dict(type='ResNet', depth=50),
+    **{
+        f'resnet-{depth}-{plug_in.lower()}': dict(
+            type='SlotResNet',
+            depth=depth,
+            dcn=dict(type=plug_in),
+            stage_with_dcn=(plug_in == 'SPConv', True, True, True),
+        )
+        for depth in (18, 50)
+        for plug_in in ('SPConv', 'SAConv')
+    },
+    **{
+        f'g-ghost-{arch}': dict(type='GGhostRegNet', arch=arch)
+        for arch in GGhostRegNet.arch_settings
+    },
     'mobilenet-v2': dict(type='MobileNetV2'),
     'swin-t': dict(type='SwinTransformer'),
     'pvt-v2-b0': dict(
@@ -196,6 +211,10 @@ def fill(module: nn.Module) -> nn.Module:
         else:  # scales and variances
             value = torch.rand(tensor.shape, generator=generator) + 0.5
         tensor.copy_(value)
+    for layer in module.modules():
+        if isinstance(layer, ConvAWS2d):  # as a plain one of this weight
+            plain = ('weight', 'bias')[: 1 if layer.bias is None else 2]
+            layer.load_state_dict({k: getattr(layer, k) for k in plain})
     return module
 
 
@@ -239,7 +258,7 @@ def read_config(path: str) -> Config:
         raise ValueError(
             f'{path!r} is neither a config of a detector nor one of '
             f'fasternet-ARCH, timm-fasternet-ARCH (ARCH: {", ".join(ARCHS)}), '
-            f'{", ".join(MMDET_BACKBONES)}'
+            f'{", ".join(BACKBONES)}'
         )
     config = Config.fromfile(file)
     if 'model' not in config:
@@ -333,8 +352,8 @@ def build_model(
             if match[1]:
                 module = TimmFasterNet(module, match[3]).eval()
             return Model(name, match[2], module, inputs)
-        if name in MMDET_BACKBONES:
-            module = fill(MODELS.build(MMDET_BACKBONES[name]))
+        if name in BACKBONES:
+            module = fill(MODELS.build(BACKBONES[name]))
             module.eval()  # returns nothing in mmdet
             return Model(name, name, module, inputs)
         module = build_detector(name, checkpoint).eval()
@@ -376,10 +395,10 @@ def exported_side(
     path = folder / f'{len(list(folder.iterdir()))}.onnx'
     images = model.inputs.numpy()
     calibration = [images] if spec.precision == 'int8' else None
-    if any(isinstance(m, FasterNet) for m in model.module.modules()):
+    if any(isinstance(m, OURS) for m in model.module.modules()):
         export(model.module, path, calibration=calibration)
     elif calibration or model.samples:
-        raise ValueError(f'{spec.side}: only models with FasterNet export so')
+        raise ValueError(f'{spec.side}: only models of ours export so')
     else:
         torch.onnx.export(
             model.module,

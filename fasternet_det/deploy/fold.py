@@ -11,7 +11,7 @@ from mmdet.models.necks import FPN
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones import FasterNet, GGhostRegNet
+from ..backbones import FasterNet, GGhostRegNet, SlotResNet
 from ..backbones.fasternet import FasterNetBlock, PatchEmbed, PatchMerging
 from ..layers import ConvAWS2d
 from .fold_layers import (
@@ -40,6 +40,8 @@ PAIRS: Dict[type, Callable[[nn.Module], List[Pair]]] = {
     ConvModule: _pairs_of_conv_module,
     **LAYER_PAIRS,
 }
+# One of these a model must hold: others have tools of their own.
+OURS = (FasterNet, GGhostRegNet, SlotResNet, FoldedSPConv, *LAYERS)
 
 
 def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
@@ -168,11 +170,10 @@ def fold(model: nn.Module) -> nn.Module:
         ValueError: If the model trains, is folded already, holds nothing of
             ours, or holds a BatchNorm that no declared pair accounts for.
     """
-    ours = (FasterNet, GGhostRegNet, FoldedSPConv, *LAYERS)
-    if not any(isinstance(m, ours) for m in model.modules()):
+    if not any(isinstance(m, OURS) for m in model.modules()):
         raise ValueError(
-            'expected a FasterNet, a GGhostRegNet or what holds one, or an '
-            f'SPConv, SAConv or ConvAWS2d; got {type(model).__name__}'
+            'expected a backbone or layer of fasternet_det, or what holds '
+            f'one; got {type(model).__name__}'
         )
     if any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
         raise ValueError('the model is in train mode: call eval() first')

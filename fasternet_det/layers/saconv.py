@@ -136,12 +136,12 @@ class _SideConv(nn.Module):
 
 def _reflect(x: Tensor) -> Tensor:
     """Pad all sides by 2 pixels, reflecting small maps more than once."""
-    for pad, size in (((2, 2, 0, 0), x.shape[3]), ((0, 0, 2, 2), x.shape[2])):
-        if size > 2:
-            mode = 'reflect'
-        else:
-            mode = 'circular' if size == 2 else 'replicate'
-        x = F.pad(x, pad, mode)
+    # By index, as F.pad reflects maps of 3 pixels or more only.
+    for dim in (2, 3):
+        last = x.shape[dim] - 1
+        index = torch.arange(-2, last + 3, device=x.device).abs()
+        index = (last - (last - index).abs()).abs().clamp(max=last)
+        x = x.index_select(dim, index)
     return x
 
 

@@ -92,6 +92,21 @@ def test_maps(shape, runtime, backbone):
         assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
 
 
+def test_relatives(relative, tmp_path):
+    path = tmp_path / 'a.onnx'
+    export(relative, path)
+    assert path.stat().st_size <= 1.01 * nbytes(relative) + 1e6
+    for runtime in RUNTIMES:
+        session = load(path, runtime)
+        for shape in ((1, 3, 64, 96), (2, 3, 128, 64), (3, 3, 70, 101)):
+            images = torch.from_numpy(fill_input(0, shape))
+            with torch.no_grad():
+                expected = relative(images)
+            for a, b in zip(session(images.numpy()), expected, strict=True):
+                b = b.numpy()
+                assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
 def test_file(backbone):
     model, path = backbone
     # 1.01 times the weights and 1 MB are asked for: no metadata bloats it.

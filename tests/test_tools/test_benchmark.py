@@ -86,6 +86,21 @@ def test_models(monkeypatch, capsys, tmp_path):
     assert 'fasternet-t0:optimize,bf16' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    'name', ['g-ghost-002', 'resnet-18-spconv', 'resnet-18-saconv']
+)
+def test_relatives(name, monkeypatch, tmp_path):
+    sides = [name, f'{name}:fold', f'{name}:optimize', f'{name}@onnxruntime']
+    run(
+        monkeypatch,
+        *('models', *sides, '--size', 64, 96, '--rounds', 1),
+        *('--threads', 1, '--out', tmp_path),
+    )
+    rows = json.loads((tmp_path / 'models.json').read_text())['rows']
+    assert [row['label'] for row in rows] == sides
+    assert all(row['difference'] < 1e-5 for row in rows[1:])
+
+
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
 def test_runtimes(runtime, tmp_path):
     pytest.importorskip('onnxscript')
