@@ -735,7 +735,11 @@ def main() -> None:
         parser.error(str(error))
     result['machine'] = describe_machine()
     words = [w if w != str(args.out) else args.out.name for w in sys.argv]
-    result['command'] = shlex.join(words[1:])
+    # what is set of glibc's malloc, as it matters
+    malloc = [f'{k}={v}' for k, v in os.environ.items() if k[:7] == 'MALLOC_']
+    result['command'] = shlex.join(
+        [*sorted(malloc), 'python', 'tools/benchmark.py', *words[1:]]
+    )
     for file in write(result, args.out, args.name or args.command):
         print(file)
     Console(width=200).print(Markdown(to_markdown(result)))

@@ -505,7 +505,7 @@ def page(results: Dict[str, Dict[str, Any]], out: Path) -> None:
     for name, result in results.items():
         parts += [
             f'## {name}',
-            f'```bash\npython tools/benchmark.py {result["command"]}\n```',
+            f'```bash\n{result["command"]}\n```',
             to_markdown(result),
         ]
         if result['kind'] in PLOTS:

@@ -254,6 +254,7 @@ def test_operators(monkeypatch, tmp_path):
 
 
 def test_scaling_and_report(monkeypatch, tmp_path):
+    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '99')
     command = ['scaling', 'fasternet-t0', '--rounds', 1, '--out', tmp_path]
     run(monkeypatch, *command, '--sizes', '64x64', '64x128', '--batches', 1, 2)
     path = tmp_path / 'scaling.json'
@@ -267,6 +268,10 @@ def test_scaling_and_report(monkeypatch, tmp_path):
         '| side | 64x64, batch 1 | 64x128, batch 1 | 64x64, batch 2 |' in text
     )
     assert result['machine']['cpu'] in text and str(tmp_path) not in text
+    assert (
+        '\nMALLOC_TRIM_THRESHOLD_=99 python tools/benchmark.py scaling '
+        'fasternet-t0 --rounds 1 '
+    ) in text
     assert (tmp_path / 'page_scaling.png').stat().st_size < 150_000
     result['machine']['cores'] += 1
     (tmp_path / 'other.json').write_text(json.dumps(result))
