@@ -1,7 +1,6 @@
 """Score an exported detector as mmdet scores the original."""
 
-import copy
-from typing import Dict, Iterator
+from typing import Dict, Iterator, List
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from mmdet.models import BaseDetector
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.registry import DATASETS, MODELS
 from mmdet.structures import SampleList
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
@@ -116,6 +115,16 @@ def evaluate(config: Config, model: BaseDetector) -> Dict[str, float]:
     return evaluator.evaluate(len(loader.dataset))
 
 
+def _piped(dataset: ConfigDict, pipeline: List[dict]) -> dict:
+    """Config of the images of a dataset by another pipeline."""
+    if 'dataset' in dataset:  # as in RepeatDataset
+        return _piped(dataset.dataset, pipeline)
+    if 'datasets' in dataset:  # as in ConcatDataset
+        parts = [_piped(part, pipeline) for part in dataset.datasets]
+        return dict(dataset, datasets=parts)
+    return dict(dataset, pipeline=pipeline)
+
+
 def calibration_images(config: Config, count: int) -> Iterator[np.ndarray]:
     """Images of a config's training split, prepared as its tests do.
 
@@ -126,14 +135,8 @@ def calibration_images(config: Config, count: int) -> Iterator[np.ndarray]:
     Yields:
         ndarray: Normalised images of shape (1, C, H, W), float32.
     """
-    train, test = (
-        copy.deepcopy(config[f'{split}_dataloader'].dataset)
-        for split in ('train', 'test')
-    )
-    while 'dataset' in train:  # as in RepeatDataset
-        train = train.dataset
-    train.pipeline = test.pipeline
-    dataset = DATASETS.build(train)
+    pipeline = config.test_dataloader.dataset.pipeline
+    dataset = DATASETS.build(_piped(config.train_dataloader.dataset, pipeline))
     preprocess = MODELS.build(config.model.data_preprocessor)
     for i in np.linspace(0, len(dataset) - 1, count).round().astype(int):
         batch = pseudo_collate([dataset[int(i)]])

@@ -8,33 +8,37 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope='module')
 def metafile():
-    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
-    assert index == {'Import': ['configs/fasternet/metafile.yml']}
-    return yaml.safe_load((ROOT / index['Import'][0]).read_text())
-
-
-def test_collection(metafile):
-    (collection,) = metafile['Collections']
-    assert collection['Paper'] == dict(
-        URL='https://arxiv.org/abs/2303.03667',
-        Title="Run, Don't Walk: Chasing Higher FLOPS for Faster Neural "
-        'Networks',
+    return yaml.safe_load(
+        (ROOT / 'configs' / 'fasternet' / 'metafile.yml').read_text()
     )
-    assert (ROOT / collection['README']).is_file()
-    assert {model['In Collection'] for model in metafile['Models']} == {
-        collection['Name']
+
+
+FAMILIES = dict(fasternet=15, g_ghost_regnet=8, saconv=1, spconv=1)
+
+
+def test_index():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    assert index == {
+        'Import': [f'configs/{family}/metafile.yml' for family in FAMILIES]
     }
 
 
-def test_lists_every_config_once(metafile):
-    configs = sorted(model['Config'] for model in metafile['Models'])
-    assert configs == sorted(
-        str(path.relative_to(ROOT))
-        for path in ROOT.glob('configs/fasternet/*_coco.py')
+@pytest.mark.parametrize('family', FAMILIES)
+def test_lists_every_config_once(family):
+    folder = ROOT / 'configs' / family
+    metafile = yaml.safe_load((folder / 'metafile.yml').read_text())
+    (collection,) = metafile['Collections']
+    readme = ROOT / collection['README']
+    assert readme == folder / 'README.md'
+    paper = collection['Paper']
+    assert f'> [{paper["Title"]}]({paper["URL"]}), ' in readme.read_text()
+    models = metafile['Models']
+    assert {m['In Collection'] for m in models} == {collection['Name']}
+    assert sorted(m['Config'] for m in models) == sorted(
+        str(path.relative_to(ROOT)) for path in folder.glob('*_coco.py')
     )
-    assert len(configs) == 15
-    for model in metafile['Models']:
-        assert model['Name'] == Path(model['Config']).stem
+    assert len(models) == FAMILIES[family]
+    assert all(m['Name'] == Path(m['Config']).stem for m in models)
 
 
 def test_results_are_the_papers_and_say_so(metafile):

@@ -182,6 +182,32 @@ def tiles(retinanet, project, monkeypatch):
     return torch.from_numpy(np.concatenate(images))
 
 
+def test_calibration_images_of_nested_datasets(
+    retinanet, project, monkeypatch
+):
+    monkeypatch.chdir(project.folder)
+    config = copy.deepcopy(retinanet[0])
+    plain = config.train_dataloader.dataset
+    others = dict(plain, ann_file='annotations/val.json')
+    others['data_prefix'] = dict(img='val/')
+    found = []
+    for count, dataset in (
+        (35, plain),
+        (4, others),
+        (
+            39,
+            dict(
+                type='RepeatDataset',
+                times=2,
+                dataset=dict(type='ConcatDataset', datasets=[plain, others]),
+            ),
+        ),
+    ):
+        config.train_dataloader.dataset = dataset
+        found.append(np.concatenate(list(calibration_images(config, count))))
+    assert np.array_equal(found[2], np.concatenate(found[:2]))
+
+
 @pytest.mark.parametrize('runtime', RUNTIMES)
 def test_detections(runtime, retinanet, exported, tiles):
     model = retinanet[1]
