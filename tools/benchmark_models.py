@@ -212,9 +212,9 @@ def fill(module: nn.Module) -> nn.Module:
             value = torch.rand(tensor.shape, generator=generator) + 0.5
         tensor.copy_(value)
     for layer in module.modules():
-        if isinstance(layer, ConvAWS2d):  # as a plain one of this weight
-            plain = ('weight', 'bias')[: 1 if layer.bias is None else 2]
-            layer.load_state_dict({k: getattr(layer, k) for k in plain})
+        if isinstance(layer, ConvAWS2d):  # else its filters are enormous
+            layer.weight_gamma.div_(layer.weight[0].numel() ** 0.5)
+            layer.weight_beta.div_(layer.weight[0].numel())
     return module
 
 

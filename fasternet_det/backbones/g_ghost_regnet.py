@@ -265,7 +265,7 @@ class GGhostRegNet(BaseModule):
                 f'(the stem), 1 to {len(depths)} (the stem and that many '
                 'stages)'
             )
-        if not 0 < cheap_ratio < 1:
+        if not (isinstance(cheap_ratio, float) and 0 < cheap_ratio < 1):
             raise ValueError(
                 f'cheap_ratio={cheap_ratio!r} is not between 0 and 1'
             )
@@ -298,7 +298,7 @@ class GGhostRegNet(BaseModule):
             else:
                 thin_group_width = int(0.75 * group_width)
                 thin_channels = thin_group_width and (
-                    int((1 - cheap_ratio) * width / thin_group_width)
+                    int((1 - cheap_ratio) * width / thin_group_width + 1e-9)
                     * thin_group_width
                 )
                 if not thin_channels:
@@ -347,14 +347,17 @@ class GGhostRegNet(BaseModule):
                 f'{", ".join(keys)}'
             )
         depths, widths, group_width = (arch[key] for key in keys)
-        if (
-            len(depths) != 4
-            or len(widths) != 4
-            or min(*depths, *widths, group_width) < 1
+        if not (
+            all(isinstance(v, (list, tuple)) for v in (depths, widths))
+            and len(depths) == len(widths) == 4
+            and all(
+                isinstance(value, int) and value > 0
+                for value in (*depths, *widths, group_width)
+            )
         ):
             raise ValueError(
-                f'arch={arch!r} needs four positive depths, four positive '
-                'widths and a positive group_width'
+                f'arch={arch!r} needs four depths, four widths and a '
+                'group_width, all positive ints'
             )
         for width in widths:
             if width % min(width, group_width):

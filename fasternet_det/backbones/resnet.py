@@ -1,6 +1,6 @@
 """mmdet's ResNet, with a slot for plug-in convolutions at every depth."""
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from mmdet.models.backbones import resnet
 from mmdet.registry import MODELS
@@ -13,9 +13,12 @@ class BasicBlock(resnet.BasicBlock):
     Args:
         conv_cfg (dict, optional): Config of both 3x3 convolutions. Defaults
             to None.
-        dcn (dict, optional): The same; goes before ``conv_cfg``. Defaults to
-            None.
+        dcn (dict, optional): The same, but for ``fallback_on_stride``, which
+            leaves them to ``conv_cfg``. Defaults to None.
         **kwargs: The other arguments of mmdet's.
+
+    Raises:
+        ValueError: If both are given.
     """
 
     def __init__(
@@ -24,7 +27,15 @@ class BasicBlock(resnet.BasicBlock):
         dcn: Optional[dict] = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(conv_cfg=dcn or conv_cfg, **kwargs)
+        slot = dict(dcn or {})
+        if slot and not slot.pop('fallback_on_stride', False):
+            if conv_cfg:
+                raise ValueError(
+                    f'got conv_cfg={conv_cfg!r} and dcn={dcn!r} for the same '
+                    '3x3 convolutions, expected one of them'
+                )
+            conv_cfg = slot
+        super().__init__(conv_cfg=conv_cfg, **kwargs)
 
 
 @MODELS.register_module()
@@ -36,6 +47,15 @@ class SlotResNet(resnet.ResNet):
     that kind, the stem and the 1x1 convolutions plain. All arguments, names
     and outputs are those of mmdet's ResNet.
     """
+
+    def __init__(
+        self,
+        *args: Any,
+        init_cfg: Union[dict, list, None] = None,
+        **kwargs: Any,
+    ) -> None:
+        self._given_init = bool(init_cfg or kwargs.get('pretrained'))
+        super().__init__(*args, init_cfg=init_cfg, **kwargs)
 
     arch_settings = resnet.ResNet.arch_settings | {
         18: (BasicBlock, (2, 2, 2, 2)),
@@ -51,7 +71,12 @@ class SlotResNet(resnet.ResNet):
         Returns:
             Sequential: The stage.
         """
-        if self.block is BasicBlock and self.zero_init_residual:
+        # mmdet's condition, but for the class.
+        if (
+            self.block is BasicBlock
+            and self.zero_init_residual
+            and not self._given_init
+        ):
             kwargs['init_cfg'] = dict(
                 type='Constant', val=0, override=dict(name='norm2')
             )

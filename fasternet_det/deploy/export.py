@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from mmdet.models import BaseDetector
 
+from ..layers import SAConv
 from .end_to_end import end_to_end, nms, roi_align
 from .fold import fold
 
@@ -33,7 +34,7 @@ except ImportError as error:
 
 OPSET = 20  # the first in which GELU is one operator
 INPUT = 'input'
-# What becomes 8 bits wide: between convolutions, nothing else stands.
+# What becomes 8 bits wide: all that FasterNet has between convolutions.
 QUANTIZED = ['Conv', 'Split', 'Concat', 'Add', 'Relu', 'Gelu', 'Resize']
 DIMS = {0: 'batch', 2: 'height', 3: 'width'}
 
@@ -87,13 +88,21 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
         ValueError: If the model cannot be folded or exported.
     """
     folded = fold(model)
-    graph, backbone, names = folded, folded, None
+    for name, module in folded.named_modules():
+        if isinstance(module, SAConv):
+            raise ValueError(
+                f'cannot export {name}: its SAConv is deformable, and ONNX '
+                'has no such operator; train it with use_deform=False'
+            )
+    graph, names = folded, None
     if isinstance(folded, BaseDetector):
-        graph, backbone = end_to_end(folded), folded.backbone
+        graph = end_to_end(folded)
         names = graph.names
-    # mmdet's own backbones do not say; their first layer does.
-    in_channels = getattr(
-        backbone, 'in_channels', next(backbone.parameters()).shape[1]
+    # The first that says so: mmdet's own backbones do not, their stem does.
+    in_channels = next(
+        module.in_channels
+        for module in getattr(folded, 'backbone', folded).modules()
+        if hasattr(module, 'in_channels')
     )
     # torch takes a size of 1 in its example for a constant.
     program = torch.export.export(

@@ -13,14 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbones import FasterNet, GGhostRegNet, SlotResNet
 from ..backbones.fasternet import FasterNetBlock, PatchEmbed, PatchMerging
-from ..layers import ConvAWS2d
 from .fold_layers import (
     LAYER_PAIRS,
     LAYERS,
+    FoldedSAConv,
     FoldedSPConv,
     Pair,
     affine,
     fold_alone,
+    folds_alone,
 )
 
 
@@ -41,7 +42,10 @@ PAIRS: Dict[type, Callable[[nn.Module], List[Pair]]] = {
     **LAYER_PAIRS,
 }
 # One of these a model must hold: others have tools of their own.
-OURS = (FasterNet, GGhostRegNet, SlotResNet, FoldedSPConv, *LAYERS)
+OURS = (
+    *(FasterNet, GGhostRegNet, SlotResNet),
+    *(FoldedSPConv, FoldedSAConv, *LAYERS),
+)
 
 
 def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
@@ -87,8 +91,9 @@ def _unshare(model: nn.Module) -> None:
     """
     seen = set()
     for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Conv2d):
+        for name, child in list(module._modules.items()):
+            # Our layers are replaced, not changed.
+            if isinstance(child, nn.Conv2d) and type(child) not in LAYERS:
                 if child in seen:
                     setattr(module, name, copy.deepcopy(child))
                 seen.add(child)
@@ -156,8 +161,8 @@ def fold(model: nn.Module) -> nn.Module:
     The copy computes the same function with fewer operators: a norm between
     or after convolutions becomes part of the convolution, a FasterNet's output
     norms part of the FPN's 1x1 lateral convolutions, SPConv's group
-    convolution, 1x1 convolution and norm one 3x3 convolution, and ConvAWS2d a
-    plain convolution.
+    convolution, 1x1 convolution and norm one 3x3 convolution, ConvAWS2d a
+    plain convolution and SAConv two.
 
     Args:
         model (nn.Module): A module in eval mode. It is left as it is.
@@ -175,12 +180,15 @@ def fold(model: nn.Module) -> nn.Module:
             'expected a backbone or layer of fasternet_det, or what holds '
             f'one; got {type(model).__name__}'
         )
-    if any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
-        raise ValueError('the model is in train mode: call eval() first')
-    if not _norms(model) and not any(
-        type(m) is ConvAWS2d for m in model.modules()
+    if model.training or any(
+        isinstance(m, _BatchNorm) and m.training for m in model.modules()
     ):
-        raise ValueError('the model is folded already')
+        raise ValueError('the model is in train mode: call eval() first')
+    if not _norms(model) and not any(map(folds_alone, model.modules())):
+        raise ValueError(
+            'the model is folded already, or has nothing to fold: no '
+            'BatchNorm, SPConv, SAConv or ConvAWS2d'
+        )
     for name, module in model.named_modules():
         if isinstance(module, TaskDecomposition):
             raise ValueError(

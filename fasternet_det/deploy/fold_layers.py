@@ -1,7 +1,7 @@
 """Exact folding of SPConv, SAConv and ConvAWS2d, and of what holds them."""
 
 import copy
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,7 +13,7 @@ from ..backbones import SlotResNet
 from ..backbones.g_ghost_regnet import Bottleneck, GGhostRegNet, GhostStage
 from ..backbones.resnet import BasicBlock
 from ..layers import ConvAWS2d, SAConv, SPConv
-from ..layers.spconv import fuse, halve
+from ..layers.spconv import halve, mixing_weights
 
 # Owner and name of a convolution, owner and name of the norm after it.
 Pair = Tuple[nn.Module, str, nn.Module, str]
@@ -27,18 +27,21 @@ def affine(norm: _BatchNorm) -> Tuple[Tensor, Tensor]:
 
     Returns:
         tuple[Tensor, Tensor]: Scale and shift of shape (C,), in float64.
+
+    Raises:
+        ValueError: If it keeps no running statistics.
     """
-    weight, bias, mean, var = (
-        value.double()
-        for value in (
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
+    if norm.running_var is None:
+        raise ValueError(
+            f'cannot fold {norm}: without running statistics, what it does '
+            'depends on the input'
         )
-    )
-    scale = weight / (var + norm.eps).sqrt()
-    return scale, bias - mean * scale
+    scale = 1 / (norm.running_var.double() + norm.eps).sqrt()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        weight = norm.weight.double()
+        return weight * scale, weight * shift + norm.bias.double()
+    return scale, shift
 
 
 def _plain(
@@ -59,9 +62,8 @@ def _plain(
 class FoldedSPConv(nn.Module):
     """What an SPConv and an affine map after it compute, in eval mode.
 
-    The map y = scale * x + shift is folded into both branches. Their global
-    averages, which the softmax compares, are scaled back; the shift, common to
-    both, makes no difference there.
+    The norms are folded into the convolutions of both branches, the map after
+    them into their weights in the mix.
 
     Args:
         conv (SPConv): Is left as it is.
@@ -85,28 +87,70 @@ class FoldedSPConv(nn.Module):
         else:  # after an average of 2x2 pixels
             weight[..., 1:, 1:] += pwc / 4
         self.conv3x3 = _plain(
-            conv.gwc,
-            weight * (scale3 * scale)[:, None, None, None],
-            shift3 * scale + shift,
+            conv.gwc, weight * scale3[:, None, None, None], shift3
         )
         scale1, shift1 = affine(conv.bn2)
         self.conv1x1 = _plain(
             conv.conv1x1,
-            conv.conv1x1.weight.double()
-            * (scale1 * scale)[:, None, None, None],
-            (conv.conv1x1.bias.double() * scale1 + shift1) * scale + shift,
+            conv.conv1x1.weight.double() * scale1[:, None, None, None],
+            conv.conv1x1.bias.double() * scale1 + shift1,
         )
-        # Where the scale is next to nothing, both branches are the shift, and
-        # any mix does.
-        back = torch.where(scale.abs() < 1e-13, 0, 1 / scale)[:, None, None]
-        self.register_buffer('back', back.to(conv.gwc.weight.dtype))
+        for name, value in (('scale', scale), ('shift', shift)):
+            value = value[:, None, None].to(conv.gwc.weight.dtype)
+            self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to what the SPConv gives, scaled and shifted."""
         x3, x1 = x.split(self.split_sizes, dim=1)
         if self.stride == (2, 2):
             x1 = halve(x1)
-        return fuse(self.conv3x3(x3), self.conv1x1(x1), self.back)
+        y, z = self.conv3x3(x3), self.conv1x1(x1)
+        weights = mixing_weights(y, z) * self.scale
+        out = torch.addcmul(self.shift, weights[0], y)
+        return torch.addcmul(out, weights[1], z)
+
+
+class FoldedSAConv(nn.Module):
+    """What an SAConv computes, its two weights standardised once.
+
+    Args:
+        conv (SAConv): Is left as it is; not deformable.
+    """
+
+    def __init__(self, conv: SAConv) -> None:
+        super().__init__()
+        self.in_channels = conv.in_channels
+        self.stride = conv.stride
+        self.use_deform = False
+        self.bias = conv.bias
+        double = copy.deepcopy(conv).double()
+        weight = double.standardised_weight()
+        for name, value, rate in (
+            ('small', weight, 1),
+            ('large', weight + double.weight_diff, 3),
+        ):
+            plain = nn.Conv2d(
+                *(conv.in_channels, conv.out_channels, conv.kernel_size),
+                conv.stride,
+                tuple(rate * size for size in conv.padding),
+                tuple(rate * size for size in conv.dilation),
+                conv.groups,
+                bias=False,
+                device=conv.weight.device,
+                dtype=conv.weight.dtype,
+            )
+            plain.weight.copy_(value)
+            self.add_module(name, plain)
+        self.switch = conv.switch
+        self.pre_context = conv.pre_context
+        self.post_context = conv.post_context
+
+    forward = SAConv.forward
+
+    def _both(
+        self, x: Tensor, offset_s: None, offset_l: None
+    ) -> Tuple[Tensor, Tensor]:
+        return self.small(x), self.large(x)
 
 
 def _fold_spconv(
@@ -164,12 +208,25 @@ LAYERS: Dict[type, Callable[[nn.Module, Tensor, Tensor, str], nn.Module]] = {
 }
 
 
-def fold_alone(module: nn.Module, name: str = '') -> nn.Module:
-    """Fold what needs no norm after it: SPConv's own, and ConvAWS2d.
+def folds_alone(module: nn.Module) -> bool:
+    """Whether a layer can be folded without a norm after it."""
+    return type(module) in (SPConv, ConvAWS2d) or (
+        type(module) is SAConv and not module.use_deform
+    )
+
+
+def fold_alone(
+    module: nn.Module,
+    name: str = '',
+    known: Optional[Dict[nn.Module, nn.Module]] = None,
+) -> nn.Module:
+    """Fold what needs no norm after it.
 
     Args:
-        module (nn.Module): The children that are such layers are replaced.
+        module (nn.Module): The children that :func:`folds_alone` are replaced.
         name (str): Its name, for messages.
+        known (dict, optional): What has been replaced by what: a layer that
+            is shared stays so. Defaults to None, nothing.
 
     Returns:
         nn.Module: The module, or what replaces it.
@@ -177,15 +234,25 @@ def fold_alone(module: nn.Module, name: str = '') -> nn.Module:
     Raises:
         ValueError: If a layer cannot be folded.
     """
-    if type(module) in (SPConv, ConvAWS2d):
-        scale = next(module.parameters()).new_ones(
-            module.out_channels, dtype=torch.float64
-        )
-        return LAYERS[type(module)](module, scale, 0 * scale, name)
-    for child_name, child in module.named_children():
-        folded = fold_alone(child, f'{name}.{child_name}'.lstrip('.'))
-        setattr(module, child_name, folded)
-    return module
+    known = {} if known is None else known
+    if module not in known:
+        known[module] = module
+        if type(module) is SAConv and folds_alone(module):
+            known[module] = FoldedSAConv(module)
+        elif folds_alone(module):
+            scale = next(module.parameters()).new_ones(
+                module.out_channels, dtype=torch.float64
+            )
+            known[module] = LAYERS[type(module)](
+                module, scale, 0 * scale, name
+            )
+        else:
+            for child_name, child in list(module._modules.items()):
+                if child is not None:
+                    full_name = f'{name}.{child_name}'.lstrip('.')
+                    child = fold_alone(child, full_name, known)
+                    setattr(module, child_name, child)
+    return known[module]
 
 
 def _pairs_of_sequential(sequential: nn.Module) -> List[Pair]:

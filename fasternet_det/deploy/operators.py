@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..backbones.fasternet import FasterNetBlock
 from ..backbones.g_ghost_regnet import Bottleneck
-from ..layers import SAConv
 
 # What oneDNN calls the activations that it fuses: attribute and algorithm.
 FUSED = {
@@ -272,43 +271,6 @@ class FastBottleneck(Bottleneck):
         return self.conv3.add_relu(
             self.conv2(self.conv1(x)), self.downsample(x)
         )
-
-
-class FastSAConv(SAConv):
-    """A folded SAConv of two FusedConv2d, their weights computed once.
-
-    Args:
-        conv (SAConv): The layer, not deformable.
-    """
-
-    def __init__(self, conv: SAConv) -> None:
-        nn.Module.__init__(self)
-        weight = conv.standardised_weight()
-        for name, w, rate in (
-            ('small', weight, 1),
-            ('large', weight + conv.weight_diff, 3),
-        ):
-            plain = nn.Conv2d(
-                *(conv.in_channels, conv.out_channels, conv.kernel_size),
-                conv.stride,
-                tuple(rate * size for size in conv.padding),
-                tuple(rate * size for size in conv.dilation),
-                conv.groups,
-                bias=False,
-            )
-            plain.weight = nn.Parameter(w)
-            self.add_module(name, FusedConv2d(plain))
-        self.use_deform = False
-        self.stride = conv.stride
-        self.bias = conv.bias
-        self.switch = conv.switch
-        self.pre_context = conv.pre_context
-        self.post_context = conv.post_context
-
-    def _both(
-        self, x: Tensor, offset_s: None, offset_l: None
-    ) -> Tuple[Tensor, Tensor]:
-        return self.small(x), self.large(x)
 
 
 class FastRPNHead(RPNHead):

@@ -34,7 +34,6 @@ from .operators import (
     FastRoIAlign,
     FastRoIExtractor,
     FastRPNHead,
-    FastSAConv,
     FusedConv2d,
     FusedLinear,
     FusedUpsample,
@@ -60,8 +59,6 @@ def _fused(module: nn.Module) -> Optional[nn.Module]:
     """What computes the same as a folded module in fewer steps, if known."""
     if isinstance(module, FasterNetBlock) and fuses(module.mlp[2]):
         return InPlaceBlock(module)
-    if type(module) is SAConv and not module.use_deform:
-        return FastSAConv(module)
     if _is_plain(module):
         return FusedConv2d(module)
     if type(module) is nn.Linear:

@@ -28,7 +28,8 @@ class ConvAWS2d(nn.Conv2d):
     filter is standardised, then scaled by the buffer ``weight_gamma`` and
     shifted by ``weight_beta``. These are the deviation and mean of the filter
     that the layer starts with, so that it starts as a plain convolution: of a
-    new one's weights, or of those that are loaded.
+    new one's weights, or of those that are loaded. An initialiser that fills
+    ``weight`` later changes neither.
 
     Args:
         in_channels (int): Channels of the input.

@@ -26,20 +26,18 @@ def halve(x: Tensor) -> Tensor:
     return F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2)
 
 
-def fuse(x: Tensor, y: Tensor, scale: Union[float, Tensor] = 1.0) -> Tensor:
-    """Mix two maps by the softmax over their global averages, per channel.
+def mixing_weights(x: Tensor, y: Tensor) -> Tensor:
+    """Weigh two maps by the softmax over their global averages, per channel.
 
     Args:
         x (Tensor): Feature map of shape (N, C, H, W).
         y (Tensor): Another one of that shape.
-        scale (float | Tensor): Factor of the averages. Defaults to 1.
 
     Returns:
-        Tensor: Of that shape, too.
+        Tensor: Both weights, of shape (2, N, C, 1, 1).
     """
-    means = [z.mean((2, 3), keepdim=True) * scale for z in (x, y)]
-    weights = torch.stack(means).softmax(dim=0)
-    return weights[0] * x + weights[1] * y
+    means = [z.mean((2, 3), keepdim=True) for z in (x, y)]
+    return torch.stack(means).softmax(dim=0)
 
 
 # The root registry: those of mmdet and all others fall back to it.
@@ -54,7 +52,7 @@ class SPConv(nn.Module):
     ``int(alpha * in_channels)`` channels go through a 3x3 convolution of two
     groups and a 1x1 convolution, added and normalised; the others through a
     1x1 convolution with bias and a norm. Both reach all output channels, where
-    :func:`fuse` mixes them.
+    they are mixed by their :func:`mixing_weights`.
 
     ``dict(type='SPConv', alpha=0.5)`` is a ``conv_cfg`` of necks and heads,
     and a ``dcn`` of mmdet's ResNet. As these ask for 1x1 convolutions too, of
@@ -165,4 +163,6 @@ class SPConv(nn.Module):
         if self.stride == (2, 2):
             x = halve(x)
         x3, x1 = x.split(self.split_sizes, dim=1)
-        return fuse(self.bn1(y + self.pwc(x3)), self.bn2(self.conv1x1(x1)))
+        y, z = self.bn1(y + self.pwc(x3)), self.bn2(self.conv1x1(x1))
+        weights = mixing_weights(y, z)
+        return weights[0] * y + weights[1] * z

@@ -156,6 +156,10 @@ def test_stages():
         assert [type(block) for block in stage] == [Bottleneck] * depth
     assert isinstance(model.layer4, GhostStage)
     assert model.layer4.split_sizes == (6, 2)
+    # 1 - 0.9 is a little less than 0.1, but 12 channels are two groups of 6.
+    arch = dict(depths=(1, 3, 1, 1), widths=(8, 120, 8, 8), group_width=8)
+    model = GGhostRegNet(arch, cheap_ratio=0.9)
+    assert model.layer2.split_sizes == (12, 108)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +190,10 @@ def test_other_images(in_channels, randomise):
         (dict(arch=32), '32 is neither'),
         (dict(arch=dict(depths=(1, 1, 1, 1))), 'depths, widths, group_width'),
         (dict(arch=TINY | dict(depth=50)), 'depths, widths, group_width'),
-        (dict(arch=TINY | dict(depths=(1, 2, 3))), 'four positive depths'),
-        (dict(arch=TINY | dict(depths=(1, 0, 3, 1))), 'four positive depths'),
-        (dict(arch=TINY | dict(widths=(8, 8))), 'four positive widths'),
-        (dict(arch=TINY | dict(group_width=0)), 'positive group_width'),
+        (dict(arch=TINY | dict(depths=(1, 2, 3))), 'needs four depths'),
+        (dict(arch=TINY | dict(depths=(1, 0, 3, 1))), 'needs four depths'),
+        (dict(arch=TINY | dict(widths=(8, 8))), 'four widths and'),
+        (dict(arch=TINY | dict(group_width=0)), 'all positive ints'),
         (
             dict(arch=TINY | dict(widths=(8, 16, 20, 32))),
             'width 20 is no multiple of the group_width 8',
@@ -198,6 +202,15 @@ def test_other_images(in_channels, randomise):
         (
             dict(arch=TINY, cheap_ratio=0.7),
             r'cheap_ratio=0.7.*stage 2 no thin channels.*0.3 \* 16',
+        ),
+        (dict(cheap_ratio='0.5'), "cheap_ratio='0.5' is not between 0 and 1"),
+        (
+            dict(arch=dict(depths=3, widths=(8,) * 4, group_width=8)),
+            'needs four depths',
+        ),
+        (
+            dict(arch=dict(depths=(1.5,) * 4, widths=(8,) * 4, group_width=8)),
+            'all positive ints',
         ),
         (dict(cheap_ratio=0), 'cheap_ratio=0 is not between 0 and 1'),
         (dict(cheap_ratio=1.0), 'cheap_ratio=1.0 is not between 0 and 1'),

@@ -50,6 +50,39 @@ def test_slot_takes_just_the_3x3_of_its_stages(depth, dcn, layer):
     assert all(out.isfinite().all() and out.std() > 1e-3 for out in outs)
 
 
+def test_dcn_as_mmdets():
+    """The dict of mmdet's configs/dcn, at every depth."""
+    for depth, fallback, count in (
+        (18, False, 4),
+        (50, False, 3),
+        (18, True, 0),
+    ):
+        model = SlotResNet(
+            depth,
+            dcn=dict(type='SPConv', fallback_on_stride=fallback),
+            stage_with_dcn=(False, False, False, True),
+        )
+        assert sum(isinstance(m, SPConv) for m in model.modules()) == count
+    with pytest.raises(ValueError, match='conv_cfg=.*SAConv.*dcn=.*SPConv'):
+        SlotResNet(
+            18,
+            conv_cfg=dict(type='SAConv'),
+            dcn=dict(type='SPConv'),
+            stage_with_dcn=(False, False, False, True),
+        )
+
+
+def test_given_initialisation():
+    """It leaves no room for zero_init_residual, as in mmdet."""
+    init_cfg = [dict(type='Constant', val=0.5, layer='BatchNorm2d')]
+    for model in (
+        SlotResNet(18, init_cfg=init_cfg),
+        ResNet(18, init_cfg=init_cfg),
+    ):
+        model.init_weights()
+        assert (model.layer2[0].norm2.weight == 0.5).all()
+
+
 @pytest.mark.parametrize('zero_init', [False, True])
 def test_initialisation(zero_init):
     torch.manual_seed(0)

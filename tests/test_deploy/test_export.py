@@ -10,13 +10,15 @@ import openvino
 import pytest
 import torch
 from fill import fill_input
+from mmcv.cnn import ConvModule
 from mmdet.apis import init_detector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch import nn
 
-from fasternet_det import FasterNet
+from fasternet_det import FasterNet, SPConv
 from fasternet_det.deploy import fold
 from fasternet_det.deploy.end_to_end import end_to_end
 from fasternet_det.deploy.evaluate import (
@@ -105,6 +107,25 @@ def test_relatives(relative, tmp_path):
             for a, b in zip(session(images.numpy()), expected, strict=True):
                 b = b.numpy()
                 assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
+def test_deformable_layers_are_refused(tamed, tmp_path):
+    conv_cfg = dict(type='SAConv', use_deform=True)
+    model = nn.Sequential(
+        ConvModule(
+            *(8, 6, 3), padding=1, conv_cfg=conv_cfg, norm_cfg=dict(type='BN')
+        )
+    )
+    with pytest.raises(ValueError, match='export 0.conv: .* is deformable'):
+        export(tamed(model), tmp_path / 'a.onnx')
+
+
+def test_bare_layer(tamed, tmp_path):
+    model = nn.Sequential(tamed(SPConv(8, 6, 3))).eval()
+    export(model, tmp_path / 'a.onnx')
+    x = torch.from_numpy(fill_input(0, (2, 8, 9, 7)))
+    (found,) = load(tmp_path / 'a.onnx')(x.numpy())
+    np.testing.assert_allclose(found, model(x).detach(), rtol=0, atol=1e-4)
 
 
 def test_file(backbone):

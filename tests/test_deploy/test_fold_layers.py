@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasternet_det import ConvAWS2d, GGhostRegNet, SAConv, SlotResNet, SPConv
 from fasternet_det.deploy import fold
-from fasternet_det.deploy.fold_layers import FoldedSPConv
+from fasternet_det.deploy.fold_layers import FoldedSAConv, FoldedSPConv
 
 TINY = dict(depths=(2, 3, 4, 2), widths=(8, 16, 24, 32), group_width=8)
 DTYPES = pytest.mark.parametrize(
@@ -62,7 +62,8 @@ def test_layer(
     module = getattr(tamed(module), dtype)()
     before = copy.deepcopy(module.state_dict())
     x = getattr(image(2, 8, *size), dtype)()
-    if conv_cfg['type'] == 'SAConv' and not norm_cfg:
+    deformable = conv_cfg.get('use_deform', False)
+    if deformable and not norm_cfg:
         with pytest.raises(ValueError, match='folded already'):
             fold(module)
         return
@@ -71,7 +72,9 @@ def test_layer(
     assert norms(folded) == []
     assert not any(p.requires_grad for p in folded.parameters())
     assert type(folded.conv) is dict(
-        SPConv=FoldedSPConv, SAConv=SAConv, ConvAWS2d=nn.Conv2d
+        SPConv=FoldedSPConv,
+        SAConv=SAConv if deformable else FoldedSAConv,
+        ConvAWS2d=nn.Conv2d,
     ).get(conv_cfg['type'])
     for name, value in module.state_dict().items():  # untouched
         assert torch.equal(value, before[name])
@@ -89,18 +92,52 @@ def test_mmcvs_folding_is_wrong(conv_cfg, tamed):
     assert (theirs - module(x)).abs().max() > 0.1
 
 
-def test_folded_saconv_keeps_its_names(tamed):
+def test_folded_deformable_saconv_keeps_its_names(tamed):
+    cfg = dict(type='SAConv', use_deform=True)
     module = ConvModule(
-        *(8, 6, 3),
-        padding=1,
-        conv_cfg=dict(type='SAConv'),
-        norm_cfg=dict(type='BN'),
+        *(8, 6, 3), padding=1, conv_cfg=cfg, norm_cfg=dict(type='BN')
     )
     folded = fold(tamed(module).double())
-    other = SAConv(8, 6, 3, padding=1, bias=False).double()
+    other = SAConv(8, 6, 3, padding=1, bias=False, use_deform=True).double()
     other.load_state_dict(folded.conv.state_dict(), strict=True)
     x = image(2, 8, 9, 7).double()
     close([other(x)], [folded.conv(x)], 0)
+
+
+@pytest.mark.parametrize('kind', ['SPConv', 'SAConv'])
+def test_half_precision(kind, tamed):
+    """Where 1 / scale is beyond float16, too."""
+    module = ConvModule(
+        *(8, 6, 3),
+        padding=1,
+        conv_cfg=dict(type=kind),
+        norm_cfg=dict(type='BN'),
+    )
+    tamed(module).bn.weight.data[2:4] = 1e-8
+    if kind == 'SAConv':  # or its post-context has to scale that back
+        module.conv.post_context.weight.data.zero_()
+    x = image(2, 8, 9, 7)
+    close([fold(module).half()(x.half()).float()], [module(x)], 0.02)
+
+
+def test_norms_without_parameters_or_statistics(randomise):
+    x = image(2, 8, 9, 7).double()
+    norm_cfg = dict(type='BN', affine=False)
+    plain = randomise(SPConv(8, 6, 3, norm_cfg=norm_cfg)).eval().double()
+    close([fold(plain)(x)], [plain(x)], 1e-12)
+    norm_cfg = dict(type='BN', track_running_stats=False)
+    with pytest.raises(ValueError, match='fold BatchNorm2d.*statistics'):
+        fold(SPConv(8, 6, 3, norm_cfg=norm_cfg).eval())
+
+
+@pytest.mark.parametrize('kind', [SPConv, SAConv, ConvAWS2d])
+def test_shared_layers_stay_shared(kind, tamed):
+    layer = tamed(kind(8, 8, 3, padding=1)).double()
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.Sequential(layer)).eval()
+    folded = fold(model)
+    x = image(2, 8, 9, 7).double()
+    close([folded(x)], [model(x)], 1e-12)
+    assert folded[0] is folded[2] is folded[3][0] is not layer
 
 
 @pytest.mark.parametrize('kind', ['SPConv', 'ConvAWS2d', 'SAConv'])
@@ -119,7 +156,7 @@ def test_norm_that_scales_by_next_to_nothing(
     module = getattr(tamed(module), dtype)()
     module.bn.weight.data[2] = scale
     if kind == 'SAConv' and (scale == 0 or scale < 1e-40 and dtype == 'float'):
-        model = nn.Sequential(module)
+        model = nn.Sequential(module).eval()
         with pytest.raises(ValueError, match='cannot fold 0: .* by zero'):
             fold(model)
         context = module.conv.post_context.weight.data
@@ -143,7 +180,8 @@ def test_groups(tamed):
 def test_layers_alone(tamed):
     """Bare ones, and those in a container that declares no pairs."""
     x = image(2, 8, 9, 7).double()
-    for layer in (SPConv(8, 8, 3), ConvAWS2d(8, 8, 3, padding=1)):
+    for kind in (SPConv, SAConv, ConvAWS2d):
+        layer = kind(8, 8, 3, padding=1)
         model = nn.Sequential(layer, nn.ReLU(), copy.deepcopy(layer))
         for module in (tamed(layer).double(), tamed(model).double()):
             close([fold(module)(x)], [module(x)], 1e-12)

@@ -17,11 +17,11 @@ from torch import nn
 from fasternet_det import FasterNet, SAConv
 from fasternet_det.backbones.g_ghost_regnet import Bottleneck
 from fasternet_det.deploy import fold, optimize
+from fasternet_det.deploy.fold_layers import FoldedSAConv
 from fasternet_det.deploy.operators import (
     KEPT_SHAPES,
     FastBottleneck,
     FastRoIAlign,
-    FastSAConv,
     FusedConv2d,
     FusedUpsample,
     InPlaceBlock,
@@ -93,7 +93,8 @@ def test_relatives(relative, layout):
     found = Counter(type(m) for m in fast.modules())
     before = Counter(type(m) for m in relative.modules())
     assert found[FastBottleneck] == before[Bottleneck]
-    assert found[FastSAConv] == before[SAConv]
+    assert found[FoldedSAConv] == before[SAConv]
+    assert repr(fast)
     assert found[SAConv] == found[Bottleneck] == found[nn.Conv2d] == 0
     for shape in ((2, 3, 70, 101), (1, 3, 64, 96), (2, 3, 70, 101)):
         close(fast(image(*shape)), relative(image(*shape)), 1e-5)

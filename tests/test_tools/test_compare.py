@@ -35,6 +35,7 @@ def test_one_recipe_for_six_models(compare):
     configs = [Config.fromfile(path) for path in compare.CONFIGS.values()]
     assert len(configs) == 6
     for cfg in configs:
+        assert cfg.keys() == configs[0].keys()
         for key in configs[0]:
             if key != 'model':
                 assert cfg[key] == configs[0][key], key
