@@ -5,12 +5,14 @@ and ``compare.png``. A run that is there already is not repeated.
 """
 
 import argparse
+import copy
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -21,7 +23,7 @@ import torch
 from get_flops import count_detector
 from mmdet.apis import init_detector
 from mmdet.registry import DATASETS
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 
@@ -42,37 +44,36 @@ SIDE = 256  # of the images, as the configs resize them
 WARM_UP = 3  # rounds that are not timed
 
 
-def train(
-    config: Path, seed: int, folder: Path, options: List[str], threads: int
-) -> Dict[str, Any]:
+def train(config: Config, folder: Path, threads: int) -> Dict[str, Any]:
     """Train and evaluate one model, or read what an earlier time gave."""
     result_path = folder / 'result.json'
     if result_path.exists():
         result = json.loads(result_path.read_text())
-        if result['options'] == options:
+        if result['config'] == config.pretty_text:
             return result
-    print(f'==> {config.stem}, seed {seed}', flush=True)
-    command = [
-        *(sys.executable, ROOT / 'tools' / 'train.py', config),
-        *('--work-dir', folder, '--cfg-options'),
-        *(f'randomness.seed={seed}', *options),
-    ]
+    print(f'==> {folder.parent.name}, {folder.name}', flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'wanted' / 'config.py'
+    path.parent.mkdir(exist_ok=True)
+    config.dump(path)
     with open(folder / 'train.log', 'w') as log:
         done = subprocess.run(
-            command,
+            [
+                *(sys.executable, ROOT / 'tools' / 'train.py', path),
+                *('--work-dir', folder),
+            ],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | dict(OMP_NUM_THREADS=str(threads)),
         )
     if done.returncode:
-        sys.exit(f'Training {config.stem} failed, see {folder}/train.log.')
+        sys.exit(f'Training failed, see {folder}/train.log.')
     scalars = max(folder.glob('*/vis_data/scalars.json'))
     entries = [json.loads(line) for line in scalars.read_text().splitlines()]
     if 'loss' in entries[-1]:
         sys.exit(f'{scalars} holds no evaluation at its end.')
     result = dict(
-        options=options,
+        config=config.pretty_text,
         checkpoint=(folder / 'last_checkpoint').read_text(),
         iterations=entries[-1]['step'],
         # mmdet reports nothing of a model that found nothing.
@@ -101,14 +102,14 @@ def take_turns(
 
 
 def measure_times(
-    checkpoints: Dict[str, str], rounds: int
+    configs: Dict[str, Config], checkpoints: Dict[str, str], rounds: int
 ) -> Dict[str, Dict[str, float]]:
     """Time each detector on one image, and a training step on one batch."""
     models = {
-        name: init_detector(CONFIGS[name], checkpoint, device='cpu')
-        for name, checkpoint in checkpoints.items()
+        name: init_detector(config, checkpoints[name], device='cpu')
+        for name, config in configs.items()
     }
-    cfg = next(iter(models.values())).cfg
+    cfg = next(iter(configs.values()))
     image = pseudo_collate([DATASETS.build(cfg.test_dataloader.dataset)[0]])
     with torch.no_grad():
         latencies = take_turns(
@@ -207,12 +208,17 @@ def main() -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        default=[],
+        action=DictAction,
+        default={},
         metavar='KEY=VALUE',
         help="changes to all configs, as train.py's",
     )
     args = parser.parse_args()
-    data = Path(Config.fromfile(next(iter(CONFIGS.values()))).data_root)
+    configs = {}
+    for name, path in CONFIGS.items():
+        configs[name] = Config.fromfile(path)
+        configs[name].merge_from_dict(args.cfg_options)
+    data = Path(next(iter(configs.values())).data_root)
     if not data.is_dir():
         parser.error(
             f'there is no {data}: run python -m fasternet_det.datasets.nuclei '
@@ -223,24 +229,18 @@ def main() -> None:
             parser.error(f'--{option}: expected at least 1')
 
     threads = max(torch.get_num_threads() // args.jobs, 1)
-    runs = [
-        (config, seed) for config in CONFIGS.values() for seed in args.seeds
-    ]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        scores = list(
-            pool.map(
-                lambda run: train(
-                    *run,
-                    args.work_dir / run[0].stem / f'seed{run[1]}',
-                    args.cfg_options,
-                    threads,
-                ),
-                runs,
-            )
+    runs = []
+    for name, seed in product(configs, args.seeds):
+        config = copy.deepcopy(configs[name])
+        config.merge_from_dict({'randomness.seed': seed})
+        runs.append(
+            (config, args.work_dir / CONFIGS[name].stem / f'seed{seed}')
         )
+    with ThreadPoolExecutor(args.jobs) as pool:
+        scores = list(pool.map(lambda run: train(*run, threads), runs))
     results, checkpoints = {}, {}
-    for name, config in CONFIGS.items():
-        own = [score for run, score in zip(runs, scores) if run[0] == config]
+    for i, (name, config) in enumerate(configs.items()):
+        own = scores[i * len(args.seeds) :][: len(args.seeds)]
         params, flops = count_detector(config, (SIDE, SIDE))
         checkpoints[name] = own[0]['checkpoint']
         results[name] = dict(
@@ -249,7 +249,9 @@ def main() -> None:
             iterations=own[0]['iterations'],
             **{key: [score[key] for score in own] for key in METRICS},
         )
-    for name, times in measure_times(checkpoints, args.rounds).items():
+    for name, times in measure_times(
+        configs, checkpoints, args.rounds
+    ).items():
         results[name].update(times)
     table = make_table(results)
     (args.work_dir / 'results.json').write_text(json.dumps(results, indent=1))

@@ -55,7 +55,7 @@ def test_trains_and_measures(compare, monkeypatch, capsys, tmp_path):
         *('--cfg-options', 'train_cfg.max_iters=1'),
         *('train_dataloader.batch_size=2', 'default_hooks.logger.interval=1'),
     ]
-    for again in (False, True):
+    for again in (False, True):  # the same again: nothing is trained
         compare.run(
             'out', '--seeds', 3, 4, '--jobs', 2, '--rounds', 1, *options
         )
@@ -66,6 +66,13 @@ def test_trains_and_measures(compare, monkeypatch, capsys, tmp_path):
     assert result['latency'] > 1 and result['step'] > 10
     assert result['iterations'] == 1
     assert result['params'] == 3_406_798
+    seeds = {
+        json.loads((folder / 'result.json').read_text())['config'].split(
+            'seed='
+        )[1][0]
+        for folder in Path('out').glob('*/seed*')
+    }
+    assert seeds == {'3', '4'}
     assert Path('out/table.md').read_text() in said
     assert Path('out/compare.png').read_bytes().startswith(b'\x89PNG')
 
