@@ -31,7 +31,7 @@ about = (HERE / 'fasternet_det' / '__init__.py').read_text()
 setup(
     name='fasternet_det',
     version=about.split("__version__ = '")[1].split("'")[0],
-    description='FasterNet backbones for MMDetection 3.x',
+    description='FasterNet and its relatives as backbones for MMDetection 3.x',
     long_description=(HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

@@ -58,6 +58,7 @@ def test_every_command_is_run_somewhere():
         # test_convert_checkpoint, test_get_flops
         'python tools/convert_checkpoint.py fasternet_t0.pth '
         'fasternet_t0.safetensors --layout timm',
+        'python tools/compare.py work_dirs/compare',  # test_compare
         'python tools/get_flops.py',
     ]
 

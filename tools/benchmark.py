@@ -734,7 +734,9 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     result['machine'] = describe_machine()
-    words = [w if w != str(args.out) else args.out.name for w in sys.argv]
+    # paths of this machine by their last part
+    paths = {str(args.out), str(getattr(args, 'checkpoint', None))}
+    words = [Path(w).name if w in paths else w for w in sys.argv]
     # what is set of glibc's malloc, as it matters
     malloc = [f'{k}={v}' for k, v in os.environ.items() if k[:7] == 'MALLOC_']
     result['command'] = shlex.join(

@@ -51,6 +51,8 @@ REPORTED_TOP1 = {
     'resnet-50': 78.8,
 }
 PRECISIONS = {'float32': 'o', 'bfloat16': 's', 'int8': '^'}
+TAB20 = plt.get_cmap('tab20').colors
+COLOURS = TAB20[::2] + TAB20[1::2]  # dark ones first
 PNG = dict(dpi=100, metadata={'Software': None})
 
 
@@ -371,11 +373,13 @@ def _plot_models(result: Dict[str, Any], path: Path) -> None:
     """Latency against FLOPs, against what is reported, and the roofline."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.5), layout='constrained')
     latency, accuracy, roofs = axes
+    if not any(row['reported'] for row in result['rows']):
+        accuracy.remove()
     bandwidth = result['bandwidth']['bytes_per_second'] / 1e9
     far = 1000
     for i, row in enumerate(result['rows']):
         style = dict(
-            color=f'C{i % 10}', marker=PRECISIONS[row['precision']], ls=''
+            color=COLOURS[i % 20], marker=PRECISIONS[row['precision']], ls=''
         )
         ms = 1e3 * row['seconds'][1]
         latency.plot(row['flops'] / 1e9, ms, **style, label=row['label'])
