@@ -55,6 +55,7 @@ setup(
         'deploy': ['onnx', 'onnxruntime', 'onnxscript', 'openvino'],
         'tests': [
             'pytest',
+            'pytest-xdist',
             'ruff',
             # what openmim imports of its requirements
             *('colorama', 'model-index', 'pandas', 'requests', 'tabulate'),

@@ -45,6 +45,10 @@ def train(rank, port, url, hub):
     other = gradient.clone()
     torch.distributed.broadcast(other, 0)
     assert gradient.any() and torch.equal(gradient, other)
+    # Gloo's threads need the GIL to drop their tensors, and the last owner of
+    # the group holds it while it waits for them: they are to be done first.
+    del parallel
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

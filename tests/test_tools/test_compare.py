@@ -60,7 +60,7 @@ def test_trains_and_measures(compare, monkeypatch, capsys, tmp_path):
             'out', '--seeds', 3, 4, '--jobs', 2, '--rounds', 1, *options
         )
         said = capsys.readouterr().out
-        assert ('seed 3' in said) != again
+        assert ('==> ' in said) != again
     (result,) = json.loads(Path('out/results.json').read_text()).values()
     assert 0 <= result['box AP'][0] <= 1 and len(result['mask AP']) == 2
     assert result['latency'] > 1 and result['step'] > 10
