@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from fasternet_det.backbones.base import Backbone
+from fasternet_det import FasterNet, GGhostRegNet
 from fasternet_det.checkpoint import (
     load_exactly,
     read_checkpoint,
@@ -61,7 +61,7 @@ def load_model(
     if what == 'backbone':
         model = MODELS.build(config.model.backbone)
         state_dict = read_state_dict(checkpoint)
-        if isinstance(model, Backbone):
+        if isinstance(model, (FasterNet, GGhostRegNet)):
             model.load_pretrained(state_dict, checkpoint)
         else:
             load_exactly(model, state_dict, source=checkpoint)

@@ -11,9 +11,14 @@ from mmcv.cnn.bricks import DropPath
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import fasternet_from_timm, load_exactly
-from .base import Backbone
+from ..checkpoint import (
+    fasternet_from_timm,
+    find_pretrained,
+    load_exactly,
+    read_state_dict,
+)
 from .recompute import recomputed
 
 
@@ -187,7 +192,7 @@ class BasicStage(BaseModule):
 
 
 @MODELS.register_module()
-class FasterNet(Backbone):
+class FasterNet(BaseModule):
     """FasterNet backbone.
 
     A PyTorch implementation of `Run, Don't Walk: Chasing Higher FLOPS for
@@ -284,10 +289,8 @@ class FasterNet(Backbone):
         init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
         super().__init__(
-            frozen_stages,
-            norm_eval,
             init_cfg
-            or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02),
+            or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02)
         )
         embed_dim, depths, arch_act_cfg = self._parse_arch(arch)
         act_cfg = act_cfg or arch_act_cfg
@@ -303,6 +306,12 @@ class FasterNet(Backbone):
                 f'{positions}, the positions of the stages in `stages`; the '
                 'odd positions are merging layers'
             )
+        if frozen_stages not in range(-1, len(depths) + 1):
+            raise ValueError(
+                f'frozen_stages={frozen_stages!r} is not one of -1 (none), 0 '
+                f'(the stem), 1 to {len(depths)} (the stem and that many '
+                'stages)'
+            )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(
                 f'drop_path_rate={drop_path_rate!r} is not in [0, 1)'
@@ -315,6 +324,8 @@ class FasterNet(Backbone):
 
         self.in_channels = in_channels
         self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
         self.fork_feat = fork_feat
 
         dims = [embed_dim * 2**i for i in range(len(depths))]
@@ -355,15 +366,22 @@ class FasterNet(Backbone):
             )
             self.head = nn.Linear(feature_dim, num_classes)
 
-        for module in self.frozen_modules():
+        for module in self._frozen_modules():
             module.requires_grad_(False)
 
     @classmethod
     def _parse_arch(cls, arch: Union[str, dict]) -> Tuple[int, Sequence, dict]:
         """Turn an arch into its embed_dim, depths and act_cfg."""
-        embed_dim, depths, act_cfg = cls.settings_of(
-            arch, ('embed_dim', 'depths', 'act_cfg')
-        )
+        if isinstance(arch, str) and arch in cls.arch_settings:
+            return cls.arch_settings[arch]
+        names = ', '.join(map(repr, cls.arch_settings))
+        keys = ('embed_dim', 'depths', 'act_cfg')
+        if not isinstance(arch, dict) or arch.keys() != set(keys):
+            raise ValueError(
+                f'arch={arch!r} is neither one of {names} nor a dict of just '
+                f'{", ".join(keys)}'
+            )
+        embed_dim, depths, act_cfg = (arch[key] for key in keys)
         if len(depths) != 4 or min(*depths, embed_dim) < 1:
             raise ValueError(
                 f'arch={arch!r} needs a positive embed_dim and four positive '
@@ -371,14 +389,51 @@ class FasterNet(Backbone):
             )
         return embed_dim, depths, act_cfg
 
-    def frozen_modules(self) -> List[nn.Module]:
-        """List what ``frozen_stages`` names."""
+    def _frozen_modules(self) -> List[nn.Module]:
+        """What ``frozen_stages`` names."""
         if self.frozen_stages < 0:
             return []
         return [
             self.patch_embed,
             *self.stages[: max(0, 2 * self.frozen_stages - 1)],
         ]
+
+    def train(self, mode: bool = True) -> 'FasterNet':
+        """Set the mode, keeping frozen stages, and all BatchNorms under
+        ``norm_eval``, in eval mode.
+
+        Args:
+            mode (bool): Whether to train. Defaults to True.
+
+        Returns:
+            FasterNet: The module itself.
+        """
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says.
+
+        Raises:
+            ValueError: If a ``Pretrained`` checkpoint cannot be read safely
+                or does not fit; the model is then untouched.
+            FileNotFoundError: If there is no such checkpoint.
+        """
+        pretrained = find_pretrained(self.init_cfg)
+        if pretrained is None:
+            super().init_weights()
+            return
+        checkpoint = pretrained['checkpoint']
+        self.load_pretrained(
+            read_state_dict(checkpoint, pretrained.get('prefix')), checkpoint
+        )
+        self._is_init = True
 
     def load_pretrained(
         self, state_dict: Dict[str, Tensor], source: str

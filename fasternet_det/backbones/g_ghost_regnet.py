@@ -9,9 +9,9 @@ from mmcv.cnn import build_norm_layer
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import load_exactly
-from .base import Backbone
+from ..checkpoint import find_pretrained, load_exactly, read_state_dict
 from .recompute import recomputed
 
 
@@ -154,7 +154,7 @@ class GhostStage(BaseModule):
 
 
 @MODELS.register_module()
-class GGhostRegNet(Backbone):
+class GGhostRegNet(BaseModule):
     """G-Ghost RegNet backbone.
 
     A PyTorch implementation of `GhostNets on Heterogeneous Devices via Cheap
@@ -248,11 +248,7 @@ class GGhostRegNet(Backbone):
         num_classes: int = 1000,
         init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
-        super().__init__(
-            frozen_stages,
-            norm_eval,
-            init_cfg or dict(type='Kaiming', layer='Conv2d'),
-        )
+        super().__init__(init_cfg or dict(type='Kaiming', layer='Conv2d'))
         depths, widths, group_width = self._parse_arch(arch)
         if (
             not out_indices
@@ -263,6 +259,12 @@ class GGhostRegNet(Backbone):
                 f'out_indices={out_indices!r} is not a rising selection of '
                 '(0, 1, 2, 3), the stages'
             )
+        if frozen_stages not in range(-1, len(depths) + 1):
+            raise ValueError(
+                f'frozen_stages={frozen_stages!r} is not one of -1 (none), 0 '
+                f'(the stem), 1 to {len(depths)} (the stem and that many '
+                'stages)'
+            )
         if not (isinstance(cheap_ratio, float) and 0 < cheap_ratio < 1):
             raise ValueError(
                 f'cheap_ratio={cheap_ratio!r} is not between 0 and 1'
@@ -270,6 +272,8 @@ class GGhostRegNet(Backbone):
 
         self.in_channels = in_channels
         self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
         self.fork_feat = fork_feat
 
         self.conv1 = nn.Conv2d(
@@ -325,7 +329,7 @@ class GGhostRegNet(Backbone):
             self.dropout = nn.Dropout(0.2)
             self.fc = nn.Linear(widths[-1], num_classes)
 
-        for module in self.frozen_modules():
+        for module in self._frozen_modules():
             module.requires_grad_(False)
 
     @classmethod
@@ -333,9 +337,16 @@ class GGhostRegNet(Backbone):
         cls, arch: Union[str, dict]
     ) -> Tuple[Sequence[int], Sequence[int], int]:
         """Turn an arch into its depths, widths and group width."""
-        depths, widths, group_width = cls.settings_of(
-            arch, ('depths', 'widths', 'group_width')
-        )
+        if isinstance(arch, str) and arch in cls.arch_settings:
+            return cls.arch_settings[arch]
+        names = ', '.join(map(repr, cls.arch_settings))
+        keys = ('depths', 'widths', 'group_width')
+        if not isinstance(arch, dict) or arch.keys() != set(keys):
+            raise ValueError(
+                f'arch={arch!r} is neither one of {names} nor a dict of just '
+                f'{", ".join(keys)}'
+            )
+        depths, widths, group_width = (arch[key] for key in keys)
         if not (
             all(isinstance(v, (list, tuple)) for v in (depths, widths))
             and len(depths) == len(widths) == 4
@@ -359,8 +370,8 @@ class GGhostRegNet(Backbone):
     def _stages(self) -> List[nn.Module]:
         return [getattr(self, f'layer{i}') for i in range(1, 5)]
 
-    def frozen_modules(self) -> List[nn.Module]:
-        """List what ``frozen_stages`` names."""
+    def _frozen_modules(self) -> List[nn.Module]:
+        """What ``frozen_stages`` names."""
         if self.frozen_stages < 0:
             return []
         return [
@@ -368,6 +379,43 @@ class GGhostRegNet(Backbone):
             self.bn1,
             *self._stages()[: self.frozen_stages],
         ]
+
+    def train(self, mode: bool = True) -> 'GGhostRegNet':
+        """Set the mode, keeping frozen stages, and all BatchNorms under
+        ``norm_eval``, in eval mode.
+
+        Args:
+            mode (bool): Whether to train. Defaults to True.
+
+        Returns:
+            GGhostRegNet: The module itself.
+        """
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says.
+
+        Raises:
+            ValueError: If a ``Pretrained`` checkpoint cannot be read safely
+                or does not fit; the model is then untouched.
+            FileNotFoundError: If there is no such checkpoint.
+        """
+        pretrained = find_pretrained(self.init_cfg)
+        if pretrained is None:
+            super().init_weights()
+            return
+        checkpoint = pretrained['checkpoint']
+        self.load_pretrained(
+            read_state_dict(checkpoint, pretrained.get('prefix')), checkpoint
+        )
+        self._is_init = True
 
     def load_pretrained(
         self, state_dict: Dict[str, Tensor], source: str
