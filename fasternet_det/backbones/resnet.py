@@ -48,6 +48,11 @@ class SlotResNet(resnet.ResNet):
     and outputs are those of mmdet's ResNet.
     """
 
+    arch_settings = resnet.ResNet.arch_settings | {
+        18: (BasicBlock, (2, 2, 2, 2)),
+        34: (BasicBlock, (3, 4, 6, 3)),
+    }
+
     def __init__(
         self,
         *args: Any,
@@ -56,11 +61,6 @@ class SlotResNet(resnet.ResNet):
     ) -> None:
         self._given_init = bool(init_cfg or kwargs.get('pretrained'))
         super().__init__(*args, init_cfg=init_cfg, **kwargs)
-
-    arch_settings = resnet.ResNet.arch_settings | {
-        18: (BasicBlock, (2, 2, 2, 2)),
-        34: (BasicBlock, (3, 4, 6, 3)),
-    }
 
     def make_res_layer(self, **kwargs: Any) -> Sequential:
         """Pack the blocks of a stage, with mmdet's initialisation of its own.
