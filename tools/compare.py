@@ -53,6 +53,7 @@ def train(config: Config, folder: Path, threads: int) -> Dict[str, Any]:
             return result
     print(f'==> {folder.parent.name}, {folder.name}', flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    # Not in the folder itself: there mmengine writes one of the same name.
     path = folder / 'wanted' / 'config.py'
     path.parent.mkdir(exist_ok=True)
     config.dump(path)

@@ -89,15 +89,13 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
     """
     folded = fold(model)
     for name, module in folded.named_modules():
-        if isinstance(module, SAConv):
+        if isinstance(module, SAConv):  # which else is folded away
             raise ValueError(
                 f'cannot export {name}: its SAConv is deformable, and ONNX '
                 'has no such operator; train it with use_deform=False'
             )
-    graph, names = folded, None
-    if isinstance(folded, BaseDetector):
-        graph = end_to_end(folded)
-        names = graph.names
+    whole = isinstance(folded, BaseDetector)
+    graph = end_to_end(folded) if whole else folded
     # The first that says so: mmdet's own backbones do not, their stem does.
     in_channels = next(
         module.in_channels
@@ -110,12 +108,13 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
         (torch.zeros(2, in_channels, 96, 128),),
         dynamic_shapes=({dim: torch.export.Dim.DYNAMIC for dim in DIMS},),
     )
-    if names is None:
-        names = [
-            f'map{i}' for i in range(len(program.graph_signature.user_outputs))
-        ]
-        if not getattr(folded, 'fork_feat', True):
-            names = ['logits']
+    if whole:
+        names = graph.names
+    elif getattr(folded, 'fork_feat', True):
+        count = len(program.graph_signature.user_outputs)
+        names = [f'map{i}' for i in range(count)]
+    else:
+        names = ['logits']
     proto = torch.onnx.export(
         program,
         input_names=[INPUT],

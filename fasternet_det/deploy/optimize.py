@@ -160,12 +160,12 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
             f'{", ".join(map(str, dtypes))}'
         )
     for name, module in model.named_modules():
-        if isinstance(module, SAConv) and module.use_deform:
-            if dtype != torch.float32:
-                raise ValueError(
-                    f'cannot compute {name} in {dtype}: its SAConv is '
-                    "deformable, and mmcv's op computes in torch.float32"
-                )
+        # Folding leaves no other SAConv.
+        if isinstance(module, SAConv) and dtype != torch.float32:
+            raise ValueError(
+                f'cannot compute {name} in {dtype}: its SAConv is deformable, '
+                "and mmcv's op computes in torch.float32"
+            )
         of_mmcv = type(module).__module__.startswith('mmcv.ops')
         if of_mmcv and '.roi_layers.' not in name:
             raise ValueError(

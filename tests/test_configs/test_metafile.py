@@ -23,6 +23,15 @@ def test_index():
     }
 
 
+def test_collection(metafile):
+    (collection,) = metafile['Collections']
+    assert collection['Paper'] == dict(
+        URL='https://arxiv.org/abs/2303.03667',
+        Title="Run, Don't Walk: Chasing Higher FLOPS for Faster Neural "
+        'Networks',
+    )
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_lists_every_config_once(family):
     folder = ROOT / 'configs' / family

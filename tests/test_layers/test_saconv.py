@@ -25,7 +25,7 @@ def image(*shape, seed=0):
 
 
 @pytest.fixture
-def tamed(randomise):
+def sized(randomise):
     """Randomise a module, with scales that keep its outputs near 1."""
 
     def fill(module):
@@ -50,7 +50,7 @@ def close(a, b, tolerance=1e-5):
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('dilation', [1, 2])
 @pytest.mark.parametrize('groups', [1, 2])
-def test_equals_mmcvs(stride, dilation, groups, use_deform, tamed):
+def test_equals_mmcvs(stride, dilation, groups, use_deform, sized):
     kwargs = dict(
         kernel_size=3,
         stride=stride,
@@ -60,7 +60,7 @@ def test_equals_mmcvs(stride, dilation, groups, use_deform, tamed):
         bias=False,
         use_deform=use_deform,
     )
-    ours = tamed(SAConv(6, 8, **kwargs))
+    ours = sized(SAConv(6, 8, **kwargs))
     theirs = SAConv2d(6, 8, **kwargs)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = image(2, 6, 11, 14)
@@ -75,8 +75,8 @@ def test_equals_mmcvs(stride, dilation, groups, use_deform, tamed):
         assert (other(x) - ours(x)).abs().max() > 0.01, name
 
 
-def test_gradients_equal_mmcvs(tamed):
-    ours = tamed(SAConv(6, 8, 3, 2, 1, bias=False))
+def test_gradients_equal_mmcvs(sized):
+    ours = sized(SAConv(6, 8, 3, 2, 1, bias=False))
     theirs = SAConv2d(6, 8, 3, 2, 1, bias=False)
     theirs.load_state_dict(ours.state_dict())
     x = image(2, 6, 11, 14)
@@ -88,9 +88,9 @@ def test_gradients_equal_mmcvs(tamed):
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_aws_equals_mmcvs(bias, tamed):
+def test_aws_equals_mmcvs(bias, sized):
     kwargs = dict(kernel_size=3, stride=2, padding=2, dilation=2, bias=bias)
-    ours = tamed(ConvAWS2d(6, 8, groups=2, **kwargs))
+    ours = sized(ConvAWS2d(6, 8, groups=2, **kwargs))
     theirs = MMCVConvAWS2d(6, 8, groups=2, **kwargs)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = image(2, 6, 11, 14)
@@ -108,12 +108,12 @@ LAYERS = [
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('stride, dilation', [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_plain_weights_give_the_plain_convolution(
-    layer, kwargs, bias, stride, dilation, tamed
+    layer, kwargs, bias, stride, dilation, sized
 ):
     plain = nn.Conv2d(6, 8, 3, stride, dilation, dilation, bias=bias)
     x = image(2, 6, 11, 14)
     fresh = layer(6, 8, 3, stride, dilation, dilation, bias=bias, **kwargs)
-    trained = tamed(copy.deepcopy(fresh))
+    trained = sized(copy.deepcopy(fresh))
     for conv in (fresh, trained):
         weights = plain.state_dict()
         names = list(weights)
@@ -133,8 +133,8 @@ def test_starts_as_a_plain_convolution(layer, kwargs):
 
 
 @pytest.mark.parametrize('layer, kwargs', LAYERS)
-def test_a_round_trip_is_exact(layer, kwargs, tamed, tmp_path):
-    conv = tamed(layer(6, 8, 3, padding=1, **kwargs))
+def test_a_round_trip_is_exact(layer, kwargs, sized, tmp_path):
+    conv = sized(layer(6, 8, 3, padding=1, **kwargs))
     conv.weight_gamma.mul_(-1)  # as a folded norm may leave it
     torch.save(conv.state_dict(), tmp_path / 'a.pth')
     other = layer(6, 8, 3, padding=1, **kwargs)
@@ -172,9 +172,9 @@ def test_half_precision_weights():
     close(conv(x), plain.float()(x))
 
 
-def test_bias_is_honoured(tamed):
+def test_bias_is_honoured(sized):
     """As that of the convolutions: the post-context sees it."""
-    conv = tamed(SAConv(6, 8, 3, padding=1)).double()
+    conv = sized(SAConv(6, 8, 3, padding=1)).double()
     x = image(2, 6, 11, 14).double()
     out = conv(x)
     bias = conv.bias.detach().clone()
@@ -186,9 +186,9 @@ def test_bias_is_honoured(tamed):
 @pytest.mark.parametrize('use_deform', [False, True])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', [(1, 1), (2, 2), (1, 7), (2, 1), (5, 2)])
-def test_small_maps(size, stride, use_deform, tamed):
+def test_small_maps(size, stride, use_deform, sized):
     """The switch sees them reflected as often as it takes."""
-    conv = tamed(SAConv(6, 8, 3, stride, 1, use_deform=use_deform)).double()
+    conv = sized(SAConv(6, 8, 3, stride, 1, use_deform=use_deform)).double()
     x = image(2, 6, *size).double()
     out = conv(x)
     assert out.shape == nn.Conv2d(6, 8, 3, stride, 1).double()(x).shape
@@ -214,8 +214,8 @@ def test_small_maps(size, stride, use_deform, tamed):
     close(out, mixed, 1e-12)
 
 
-def test_small_deformable_map_is_a_large_one_with_zeros(tamed):
-    conv = tamed(SAConv(6, 8, 3, padding=1, use_deform=True)).double()
+def test_small_deformable_map_is_a_large_one_with_zeros(sized):
+    conv = sized(SAConv(6, 8, 3, padding=1, use_deform=True)).double()
     small, offset = image(1, 6, 2, 1).double(), image(1, 18, 2, 1).double()
     pad = (0, 4, 0, 4)
     large, far = (
@@ -226,8 +226,8 @@ def test_small_deformable_map_is_a_large_one_with_zeros(tamed):
     close(conv._atrous(small, weight, 3, offset), want, 1e-12)
 
 
-def test_geometry_is_never_changed(tamed):
-    conv = tamed(SAConv(6, 8, 3, 2, 2, 2))
+def test_geometry_is_never_changed(sized):
+    conv = sized(SAConv(6, 8, 3, 2, 2, 2))
     with pytest.raises(RuntimeError):
         conv(image(1, 5, 8, 8))  # in the middle of which mmcv's is changed
     conv(image(1, 6, 8, 8))
@@ -235,14 +235,14 @@ def test_geometry_is_never_changed(tamed):
 
 
 @pytest.mark.parametrize('use_deform', [False, True])
-def test_all_parameters_get_gradients(use_deform, tamed):
+def test_all_parameters_get_gradients(use_deform, sized):
     """At the start too, though there weight_diff's is zero."""
     conv = SAConv(6, 8, 3, padding=1, use_deform=use_deform)
     conv(image(2, 6, 11, 14)).pow(3).sum().backward()
     for name, parameter in conv.named_parameters():
         assert parameter.grad is not None, name
     conv.zero_grad()
-    tamed(conv)(image(2, 6, 11, 14)).pow(3).sum().backward()
+    sized(conv)(image(2, 6, 11, 14)).pow(3).sum().backward()
     for name, parameter in conv.named_parameters():
         assert parameter.grad.any(), name
 
@@ -368,8 +368,8 @@ def test_aws_of_one_value():
         ConvAWS2d(8, 8, 1, groups=8)
 
 
-def test_exports(tamed):
-    conv = tamed(SAConv(6, 8, 3, 2, 1)).eval()
+def test_exports(sized):
+    conv = sized(SAConv(6, 8, 3, 2, 1)).eval()
     dims = {i: torch.export.Dim.AUTO for i in (0, 2, 3)}
     program = torch.export.export(
         conv, (image(2, 6, 9, 12),), dynamic_shapes=(dims,)
