@@ -1,6 +1,8 @@
-# `make demo` and `make test` set everything up by themselves, in .venv.
+# `make demo` and `make test` set everything up by themselves, in .venv; with
+# TORCH=2.1.2 and the like, in .venv-torch2.1.2, with that version of torch.
 PYTHON ?= python3
-BIN := .venv/bin
+TORCH :=
+BIN := .venv$(TORCH:%=-torch%)/bin
 CONFIG := configs/mini/mask-rcnn_fasternet-t0_fpn_nuclei.py
 WORK_DIR := work_dirs/demo
 OPTIONS :=
@@ -13,7 +15,7 @@ help:
 	@echo 'make env    just set up .venv'
 
 env:
-	@"$(PYTHON)" .ci/env.py
+	@"$(PYTHON)" .ci/env.py $(TORCH)
 
 demo: env
 	@echo '==> Training on tiles of a real micrograph, from scratch: 3 to 6 minutes on two cores'
