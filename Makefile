@@ -15,7 +15,7 @@ help:
 	@echo 'make env    just set up .venv'
 
 env:
-	@"$(PYTHON)" .ci/env.py $(TORCH)
+	@TORCH="$(TORCH)" "$(PYTHON)" .ci/env.py
 
 demo: env
 	@echo '==> Training on tiles of a real micrograph, from scratch: 3 to 6 minutes on two cores'

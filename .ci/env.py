@@ -1,8 +1,8 @@
 """Make .venv: torch, mmcv with compiled ops, mmdet and fasternet_det.
 
 Takes nothing but the standard library of the Python that runs it. `make env`
-calls it; run again, it takes seconds, or repairs what was interrupted. With a
-version of torch as its argument, as in `make env TORCH=2.1.2`, it makes
+calls it; run again, it takes seconds, or repairs what was interrupted. With
+another version of torch, as in `make env TORCH=2.1.2`, it makes
 .venv-torch2.1.2 beside it.
 """
 
@@ -16,14 +16,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH = ''.join(sys.argv[1:])  # '' for the constraints' own
+TORCH = os.environ.get('TORCH', '')  # '' for the constraints' own
 VENV = ROOT / ('.venv' + f'-torch{TORCH}' * bool(TORCH))
 # Exactly one of these lies in a .venv made here.
 INCOMPLETE = 'incomplete'  # an installation runs, or was interrupted
 READY = 'ready.json'  # what the complete one was made from
 
 INSTALL_MMCV = 'tools/install_mmcv.py'
-# The constraints' numpy and OpenCV want each other and a torch from 2.3 on.
+# The constraints' numpy and OpenCV want each other and torch 2.3 or later; so
+# do the packages of export, which wants a later torch itself.
+IS_OLD = bool(re.match(r'2\.[12]\.', TORCH))
 OLD = {'numpy': '1.26.4', 'opencv-python': '4.11.0.86'}
 DETECTOR_BUILDS = """
 from mmdet.utils import register_all_modules
@@ -55,10 +57,11 @@ def constraints():
     """The versions to install, by those of constraints.txt."""
     text = (ROOT / 'constraints.txt').read_text()
     versions = {'torch': TORCH} if TORCH else {}
-    if TORCH and tuple(map(int, TORCH.split('.')[:2])) < (2, 3):
+    if IS_OLD:
         versions |= OLD
     for name, version in versions.items():
-        text = re.sub(rf'(?m)^{name}==[^;\n]*(;.*)?$', f'{name}=={version}', text)
+        lines = rf'(?m)^{name}==.*$'  # one for each Python, at times
+        text = re.sub(lines, f'{name}=={version}', text)
     return text
 
 
@@ -120,7 +123,8 @@ def make():
     install('torch', 'setuptools', 'wheel', 'ninja', 'psutil', 'numpy')
     run(INSTALL_MMCV, '-c', VENV / 'constraints.txt')
     say('Installing mmdet and fasternet_det (1 minute)')
-    install('--no-build-isolation', '-e', '.[mmdet,deploy,tests]')
+    extras = 'mmdet,tests' if IS_OLD else 'mmdet,deploy,tests'
+    install('--no-build-isolation', '-e', f'.[{extras}]')
     # By its own requirements, openmim would bring setuptools 60.
     install('--no-deps', 'openmim')
     say('Proving it: a Mask R-CNN with FasterNet-T0')
