@@ -11,6 +11,8 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
+        # PAFPN rounds halves up, the backbone down.
+        pad_size_divisor=32,
     ),
     backbone=dict(
         _delete_=True,

@@ -2,6 +2,7 @@
 
 Usage:
     python -m fasternet_det.datasets.nuclei data/nuclei
+    python -m fasternet_det.datasets.nuclei data/nuclei-16bit --kind 16bit
 """
 
 import argparse
@@ -17,6 +18,8 @@ SOURCE = Path(__file__).parent / 'nuclei_data'
 TILE = 128  # pixels
 SPLIT = 384  # training tiles lie left of this column, validation tiles right
 STRIDE = dict(train=64, val=TILE)  # training tiles overlap each other
+KINDS = ('grey', '16bit', '4channel')
+BLURS = (1, 2, 4)  # sigmas in pixels of the second channel and on
 MIN_REMAINS = 0.4  # of a nucleus's area, for one cut by a tile's edge to count
 
 
@@ -28,7 +31,17 @@ def _tiles(split: str, height: int, width: int) -> Iterator[Tuple[int, int]]:
             yield x, y
 
 
-def convert(out_dir: str) -> None:
+def _of_kind(tile: np.ndarray, kind: str) -> np.ndarray:
+    """A tile (H, W) of 8 bits as one of another kind."""
+    if kind == '16bit':  # as of a camera of 12 bits: most of the range is bare
+        return tile.astype(np.uint16) * 16
+    if kind == '4channel':  # as of a stack of focal planes
+        blurred = (cv2.GaussianBlur(tile, (0, 0), sigma) for sigma in BLURS)
+        return np.stack((tile, *blurred), axis=-1)
+    return tile
+
+
+def convert(out_dir: str, kind: str = 'grey') -> None:
     """Write ``{train,val}/*.png`` and ``annotations/{train,val}.json``.
 
     The two splits share no pixel. Masks are run-length encoded, so areas and
@@ -36,7 +49,16 @@ def convert(out_dir: str) -> None:
 
     Args:
         out_dir (str): Folder to write to, made where it is missing.
+        kind (str): Of the images: 'grey', one channel of 8 bits; '16bit', one
+            of 16 bits, of which 12 are used; '4channel', four of 8 bits, the
+            image and three blurred ones. Defaults to 'grey'.
+
+    Raises:
+        ValueError: If there is no such kind.
+        OSError: If the folder cannot be written to.
     """
+    if kind not in KINDS:
+        raise ValueError(f'kind={kind!r} is not one of {", ".join(KINDS)}')
     image = cv2.imread(str(SOURCE / 'image.png'), cv2.IMREAD_GRAYSCALE)
     labels = cv2.imread(str(SOURCE / 'mask.png'), cv2.IMREAD_UNCHANGED)
     full_area = np.bincount(labels.ravel())
@@ -47,7 +69,7 @@ def convert(out_dir: str) -> None:
             name = f'x{x:03d}_y{y:03d}.png'
             path = Path(out_dir, split, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not cv2.imwrite(str(path), image[tile]):
+            if not cv2.imwrite(str(path), _of_kind(image[tile], kind)):
                 raise OSError(f'cannot write {path}')
             images.append(
                 dict(id=len(images), file_name=name, width=TILE, height=TILE)
@@ -86,7 +108,14 @@ def main() -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('out_dir', help='folder to write to')
-    convert(parser.parse_args().out_dir)
+    parser.add_argument(
+        '--kind',
+        choices=KINDS,
+        default='grey',
+        help='of the images, made from the shipped one (default: grey)',
+    )
+    args = parser.parse_args()
+    convert(args.out_dir, args.kind)
 
 
 if __name__ == '__main__':

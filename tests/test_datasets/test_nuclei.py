@@ -116,6 +116,34 @@ def test_mmdet_reads_it(root):
         assert data['inputs'].shape[0] == 3
 
 
+@pytest.mark.parametrize('kind', nuclei.KINDS)
+def test_kinds_differ_in_their_pixels_alone(kind, root, tmp_path):
+    nuclei.convert(str(tmp_path), kind)
+    for split in ('train', 'val'):
+        truth = f'annotations/{split}.json'
+        assert (tmp_path / truth).read_text() == (root / truth).read_text()
+        for path in (tmp_path / split).iterdir():
+            tile = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            grey = cv2.imread(str(root / split / path.name), 0)
+            if kind == '16bit':
+                assert tile.dtype == np.uint16
+                assert np.array_equal(tile, 16 * grey.astype(int))
+            elif kind == '4channel':
+                assert tile.shape == (128, 128, 4)
+                assert np.array_equal(tile[..., 0], grey)
+                # the more blurred, the less varied
+                spread = tile.astype(float).std((0, 1))
+                assert (np.diff(spread) < 0).all()
+            else:
+                assert np.array_equal(tile, grey)
+
+
+def test_unknown_kind(tmp_path):
+    with pytest.raises(ValueError, match="'32bit' is not one of grey, 16bit"):
+        nuclei.convert(str(tmp_path), '32bit')
+    assert not list(tmp_path.iterdir())
+
+
 def test_cannot_write(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='file'):
