@@ -12,13 +12,27 @@ import numpy as np
 import pytest
 import torch
 from fill import fill_array
-from mmengine.utils import get_installed_path
+from mmengine.utils import digit_version, get_installed_path
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fasternet_det
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / 'tests' / 'data'
+DEPLOY_TORCH = '2.6'  # the oldest that the fast form and exports run on
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        'markers', f'deploy: needs torch {DEPLOY_TORCH} or later'
+    )
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('deploy') and (
+        digit_version(torch.__version__) < digit_version(DEPLOY_TORCH)
+    ):
+        pytest.skip(f'deploy needs torch {DEPLOY_TORCH}')
 
 
 @pytest.fixture(scope='session')

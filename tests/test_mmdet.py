@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
+from mmengine.utils import digit_version
 from modelindex.load_model_index import load
 
 from fasternet_det.checkpoint import read_checkpoint
-from fasternet_det.deploy import optimize
 
 README = Path(__file__).parents[1] / 'README.md'
 
@@ -55,8 +56,19 @@ def test_test_scores_as_train_did(trained, history, project, config):
         assert tested[key] == history[-1][key]
 
 
+@pytest.mark.deploy
 @pytest.mark.parametrize(
-    'dtype, tolerance', [('float32', 0.001), ('bfloat16', 0.03)]
+    'dtype, tolerance',
+    [
+        ('float32', 0.001),
+        pytest.param(
+            *('bfloat16', 0.03),
+            marks=pytest.mark.skipif(
+                '_bf16' not in Path('/proc/cpuinfo').read_text(),
+                reason='this CPU does not compute in bfloat16',
+            ),
+        ),
+    ],
 )
 def test_test_of_the_fast_form(
     dtype, tolerance, trained, history, project, config
@@ -101,7 +113,17 @@ def test_inference(trained, project, config):
     again = inferencer(image, no_save_vis=True)['predictions'][0]
     np.testing.assert_allclose(again['bboxes'], found.bboxes, atol=1e-3)
     np.testing.assert_allclose(again['scores'], found.scores, atol=1e-5)
-    # and the fast form
+
+
+@pytest.mark.deploy
+def test_inference_in_the_fast_form(trained, project, config):
+    from fasternet_det.deploy import optimize
+
+    checkpoint = str(trained / 'iter_60.pth')
+    image = str(project.folder / 'data' / 'nuclei' / 'val' / 'x384_y256.png')
+    model = init_detector(str(config), checkpoint, device='cpu')
+    found = inference_detector(model, image).pred_instances
+    inferencer = DetInferencer(str(config), checkpoint, device='cpu')
     fast = inference_detector(optimize(model), image).pred_instances
     np.testing.assert_allclose(fast.bboxes, found.bboxes, atol=1e-3)
     np.testing.assert_allclose(fast.scores, found.scores, atol=1e-5)
@@ -116,8 +138,10 @@ def test_importing_us_is_what_makes_checkpoints_load(trained, project):
         'from mmengine.runner.checkpoint import _load_checkpoint as load;'
         f'load({str(trained / "iter_60.pth")!r})'
     )
-    with pytest.raises(AssertionError, match='Weights only load failed'):
-        project('-c', load_it)
+    if digit_version(torch.__version__) >= digit_version('2.6'):
+        # from there on, torch itself refuses mmengine's files
+        with pytest.raises(AssertionError, match='Weights only load failed'):
+            project('-c', load_it)
     project('-c', f'import fasternet_det; {load_it}')
 
 

@@ -1,5 +1,6 @@
 """What the README tells a stranger to do, done."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,68 +9,83 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 import fasternet_det
+from fasternet_det.checkpoint import is_timm_fasternet, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r'```bash\n(.*?)```', README, re.S)
+    for line in block.splitlines()
+]
+BFLOAT16 = '_bf16' in Path('/proc/cpuinfo').read_text()
+# Appended to my_config.py.
+SMALLER_IMAGES = """
+for loader, pipeline, place in (
+    (train_dataloader, _base_.train_pipeline, 2),
+    (val_dataloader, _base_.test_pipeline, 1),
+):
+    pipeline[place]['scale'] = (256, 256)
+    loader['dataset']['pipeline'] = pipeline
+del loader, pipeline, place
+"""
 
 
-def sh(command, **kwargs):
+def sh(command, cwd, **environment):
     """Run a command of the README, with ``.venv`` active."""
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
     done = subprocess.run(
         command,
         shell=True,
         text=True,
-        env=dict(os.environ, PATH=path),
+        cwd=cwd,
+        env=dict(os.environ, PATH=path, **environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        **kwargs,
     )
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
 
 
-def test_every_command_is_run_somewhere():
-    """The others of this file's tests run these, or CI itself does."""
-    blocks = re.findall(r'```bash\n(.*?)```', README, re.S)
-    assert [line for block in blocks for line in block.splitlines()] == [
-        'make demo',  # test_demo
-        'make test',  # CI
-        "pip install ninja psutil wheel 'setuptools<80'",  # test_install
-        'pip install --no-build-isolation mmcv==2.1.0',
-        "pip install '.[mmdet]'",
-        # test_mmdet.py and test_downstream.py
-        'python -m fasternet_det.datasets.nuclei data/nuclei',
-        'python tools/train.py my_config.py',
-        # test_mmdet.py, with mmdet's own test.py
-        'python tools/test.py my_fast_config.py '
-        'work_dirs/my_config/epoch_12.pth',
-        # test_benchmark, with smaller images
-        'python tools/benchmark.py goals --out work_dirs/benchmark',
-        "pip install '.[deploy]'",  # test_install
-        # test_export_tool
-        *(
-            'python tools/export.py my_config.py '
-            f'work_dirs/my_config/epoch_12.pth --format {format}'
-            for format in ('onnx', 'openvino', 'onnx --int8 --evaluate')
-        ),
-        # test_convert_checkpoint, test_get_flops
-        'python tools/convert_checkpoint.py fasternet_t0.pth '
-        'fasternet_t0.safetensors --layout timm',
-        'python tools/compare.py work_dirs/compare',  # test_compare
-        'python tools/get_flops.py',
-    ]
+@pytest.fixture(scope='module')
+def reader(project, site, imagenet):
+    """Run commands in a reader's folder, with the package installed.
+
+    It holds the tools, the files that the README shows, and ImageNet's.
+    """
+    folder = project.folder
+    (folder / 'tools').symlink_to(ROOT / 'tools')
+    for name in ('my_config', 'my_fast_config'):
+        (code,) = re.findall(
+            rf'```python\n(# {name}.py\n.*?)```', README, re.S
+        )
+        (folder / f'{name}.py').write_text(code)
+    path = folder / 'my_config.py'
+    code, replaced = re.subn(
+        r"'https://.*/fasternet_s-.*'", "'fasternet_s.pth'", path.read_text()
+    )
+    assert replaced == 1
+    path.write_text(code + SMALLER_IMAGES)
+    for arch in ('s', 't0'):
+        torch.save(imagenet(arch), folder / f'fasternet_{arch}.pth')
+
+    def run(command):
+        return sh(command, folder, PYTHONPATH=str(site))
+
+    run.folder = folder
+    return run
 
 
-def test_demo(tmp_path):
-    """``make demo``, shortened to 20 iterations."""
+def demo(command, reader, tmp_path):
+    """Shortened to 20 iterations."""
     said = sh(
-        f'make demo WORK_DIR="{tmp_path}" '
+        f'{command} WORK_DIR="{tmp_path}" '
         'OPTIONS="--cfg-options train_cfg.max_iters=20 '
         'param_scheduler.1.end=20"',
-        cwd=ROOT,
+        ROOT,
     )
     trained, tested = (
         re.search(rf'│ {tool}.py *│(.*)│', said)[1]
@@ -82,15 +98,134 @@ def test_demo(tmp_path):
     assert len(list((tmp_path / 'pictures').iterdir())) == 4
 
 
-def test_install_keeps_what_is_there():
+def tests(command, reader, tmp_path):
+    """It runs this, so what it would run is looked at."""
+    said = sh(f'{command} --dry-run', ROOT)
+    assert 'ruff check .' in said and '-m pytest' in said
+    assert (ROOT / '.ci' / 'run').read_text().splitlines()[-1] == command
+
+
+def install(command, reader, tmp_path):
     """With all of it installed, torch above all, pip adds but us."""
-    commands = re.findall(r'^pip (install .*)$', README, re.M)
-    commands.append('install .')
-    assert len(commands) == 5
-    for command in commands:
-        said = sh(f'python -m pip {command} --dry-run', cwd=ROOT)
-        added = re.findall(r'Would install (.*)', said)
-        assert added in ([], [f'fasternet_det-{fasternet_det.__version__}'])
+    said = sh(f'python -m {command} --dry-run', ROOT)
+    added = re.findall(r'Would install (.*)', said)
+    assert added in ([], [f'fasternet_det-{fasternet_det.__version__}'])
+
+
+def data(command, reader, tmp_path):
+    reader(command)
+    root = reader.folder / command.split()[-1]
+    assert len(list((root / 'train').iterdir())) == 35
+
+
+def train(command, reader, tmp_path):
+    """One epoch, which mends what there is to mend in weights made up."""
+    said = reader(
+        f'{command} --cfg-options train_cfg.max_epochs=1 randomness.seed=0 '
+        'param_scheduler.0.end=5 default_hooks.logger.interval=3 '
+        'model.test_cfg.score_thr=0'  # after one epoch, all are low
+    )
+    assert '168 of 183 entries of FasterNet come from' in said
+    work_dir = reader.folder / 'work_dirs' / 'my_config'
+    saved = read_checkpoint(work_dir / 'epoch_1.pth')
+    assert saved['meta']['dataset_meta']['classes'] == ('nucleus',)
+    trained = saved['state_dict']
+    assert trained['bbox_head.retina_cls.weight'].shape[0] == 9  # one class
+    key = 'stages.4.blocks.12.mlp.0.weight'
+    weights = read_checkpoint(reader.folder / 'fasternet_s.pth')[key]
+    drift = trained[f'backbone.{key}'] - weights
+    assert 0 < drift.abs().mean() < 0.5 * weights.abs().mean()
+
+    path = max(work_dir.glob('*/vis_data/scalars.json'))
+    *steps, evaluated = map(json.loads, path.read_text().splitlines())
+    losses = [step['loss'] for step in steps]
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert 0 <= evaluated['coco/bbox_mAP'] <= 1
+    # the README's is of all twelve
+    (work_dir / 'epoch_1.pth').rename(work_dir / 'epoch_12.pth')
+
+
+def test_script(command, reader, tmp_path):
+    if not BFLOAT16:
+        path = reader.folder / 'my_fast_config.py'
+        path.write_text(path.read_text().replace('bfloat16', 'float32'))
+    assert re.search(r'coco/bbox_mAP: [\d.]+ ', reader(command))
+
+
+def export(command, reader, tmp_path):
+    pytest.importorskip('onnxruntime')
+    from fasternet_det.deploy.export import load
+
+    said = reader(command)
+    name, size = re.search(r'^(\S+): ([\d.]+) MB', said, re.M).groups()
+    int8, openvino = '--int8' in command, 'openvino' in command
+    ending = '_int8' * int8 + ('.xml' if openvino else '.onnx')
+    assert name == 'my_config' + ending
+    assert 150 < float(size) < 170 or int8  # of 40.2 million parameters
+    for scored in ('PyTorch', name) * ('--evaluate' in command):
+        assert re.search(rf'^{scored}: coco/bbox_mAP \d', said, re.M)
+    session = load(
+        reader.folder / name, 'openvino' if openvino else 'onnxruntime'
+    )
+    for height, width in ((128, 128), (256, 320)):
+        images = torch.rand(1, 3, height, width).numpy()
+        dets, labels = session(images)
+        assert dets.shape == (1, 100, 5) and labels.shape == (1, 100)
+
+
+def convert(command, reader, tmp_path):
+    reader(command)
+    converted = read_checkpoint(reader.folder / command.split()[3])
+    assert is_timm_fasternet(converted)
+
+
+def flops(command, reader, tmp_path):
+    """Of Mask R-CNN, what the configs' page prints."""
+    said = reader(command)
+    page = (ROOT / 'configs' / 'fasternet' / 'README.md').read_text()
+    printed = re.findall(r'\[Mask R-CNN, [SML]\]\(.*?\) \| ([\d.]+) \|', page)
+    assert len(printed) == 3
+    assert all(f' {params} ' in said for params in printed)
+
+
+def elsewhere(command, reader, tmp_path):
+    """These take hours; a test of their own runs them on less."""
+    tool = Path(command.split()[1])
+    test = (ROOT / 'tests' / 'test_tools' / f'test_{tool.name}').read_text()
+    assert (ROOT / tool).is_file()
+    call = dict(
+        benchmark=r"run\(\s*monkeypatch,\s*'goals'",
+        compare=r"compare\.run\(\s*'out'",
+    )[tool.stem]
+    assert re.search(call, test), f'no test of {tool} runs {command}'
+
+
+RUNNERS = {
+    'make demo': demo,
+    'make test': tests,
+    'pip install': install,
+    'python -m fasternet_det.datasets.nuclei': data,
+    'python tools/train.py': train,
+    'python tools/test.py': test_script,
+    'python tools/benchmark.py': elsewhere,
+    'python tools/export.py': export,
+    'python tools/convert_checkpoint.py': convert,
+    'python tools/compare.py': elsewhere,
+    'python tools/get_flops.py': flops,
+}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_command(command, reader, tmp_path):
+    """In the README's order: some read what an earlier one wrote."""
+    runners = [RUNNERS[k] for k in RUNNERS if command.startswith(k)]
+    assert len(runners) == 1, f'no test runs {command}'
+    runners[0](command, reader, tmp_path)
+
+
+def test_all_runners_have_a_command():
+    for start in RUNNERS:
+        assert any(command.startswith(start) for command in COMMANDS), start
 
 
 @pytest.mark.parametrize(
@@ -116,19 +251,84 @@ import fasternet_det
     assert "pip install 'fasternet_det[mmdet]'" in done.stderr
 
 
-def test_table_of_channels():
-    row = re.search(r'`in_channels` \|(.*)\|', README)[1]
+@pytest.mark.parametrize(
+    'kind, out_indices',
+    [('two-stage', (0, 2, 4, 6)), ('one-stage', (2, 4, 6))],
+)
+def test_table_of_channels(kind, out_indices):
+    assert f'`out_indices={out_indices}`' in README or kind == 'two-stage'
+    row = re.search(rf'^\| {kind} \|(.*)\|$', README, re.M)[1]
     for arch, cell in zip(
         fasternet_det.FasterNet.arch_settings, row.split('|'), strict=True
     ):
         with torch.device('meta'):
-            channels = fasternet_det.FasterNet(arch).out_channels
-        assert [int(c) for c in cell.split(',')] == channels
+            backbone = fasternet_det.FasterNet(arch, out_indices=out_indices)
+        assert [int(c) for c in cell.split(',')] == backbone.out_channels
+
+
+def test_table_of_g_ghosts_channels():
+    page = (ROOT / 'configs' / 'g_ghost_regnet' / 'README.md').read_text()
+    assert {
+        arch: tuple(map(int, channels.split(',')))
+        for arch, channels in re.findall(r'^\| (\d+) \| (.*) \|$', page, re.M)
+    } == {
+        arch: widths
+        for arch, (
+            _,
+            widths,
+            _,
+        ) in fasternet_det.GGhostRegNet.arch_settings.items()
+    }
+
+
+def test_one_stage_configs_say_what_the_table_says():
+    """``start_level=0``, where the neck has one that is not."""
+    for path in ROOT.glob('configs/fasternet/r*_coco.py'):
+        neck = Config.fromfile(path).model.neck
+        assert neck.get('start_level', 0) == 0
+        assert f'| {", ".join(map(str, neck.in_channels))} |' in README
+
+
+def slugs(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    found = []
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.S | re.M)
+    for heading in re.findall(r'^#+ +(.*?) *#*$', text, re.M):
+        heading = re.sub(r'!?\[(.*?)\]\(.*?\)', r'\1', heading)
+        slug = re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+        count = sum(
+            re.fullmatch(rf'{slug}(-\d+)?', s) is not None for s in found
+        )
+        found.append(f'{slug}-{count}' if count else slug)
+    return found
+
+
+def test_slugs(tmp_path):
+    page = tmp_path / 'page.md'
+    page.write_text(
+        '# A `b_c`, and (D)!\n## [E](f.md)-1\n```\n# no\n```\n## X\n## X\n'
+    )
+    assert slugs(page) == ['a-b_c-and-d', 'e-1', 'x', 'x-1']
 
 
 def test_links_lead_somewhere():
-    for page in ROOT.glob('**/*.md'):
-        if '.venv' in page.parts or 'data' in page.relative_to(ROOT).parts:
-            continue
-        for link in re.findall(r'\]\(([^)#:]+?)(?:#\w+)?\)', page.read_text()):
-            assert (page.parent / link).exists(), f'{page}: {link}'
+    pages = [
+        page
+        for page in ROOT.glob('**/*.md')
+        if not any(part.startswith('.') for part in page.parts)
+        and 'data' not in page.relative_to(ROOT).parts[:1]
+        and 'work_dirs' not in page.parts
+    ]
+    assert ROOT / 'README.md' in pages and len(pages) >= 8
+    anchors = 0
+    for page in pages:
+        for link in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+            path, _, anchor = link.partition('#')
+            if ':' in path:  # another site's
+                continue
+            target = page.parent / path if path else page
+            assert target.exists(), f'{page}: {link}'
+            if anchor and target.suffix == '.md':
+                assert anchor in slugs(target), f'{page}: {link}'
+                anchors += 1
+    assert anchors >= 5

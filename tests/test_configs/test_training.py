@@ -203,3 +203,22 @@ MINI = [
 def test_images_without_objects(path, boxes):
     """In a batch of two sizes, and in all of it."""
     step(build(Config.fromfile(path)), [(96, 64), (64, 128)], boxes)
+
+
+@pytest.mark.parametrize('path', MINI, ids=lambda p: p.stem)
+@torch.no_grad()
+def test_a_batch_is_its_images(path):
+    cfg = Config.fromfile(path)
+    (cfg.model.test_cfg.get('rcnn') or cfg.model.test_cfg).score_thr = 0.0
+    model = build(cfg).eval()
+    inputs = sample_inputs(model, [(96, 64), (96, 64)])
+    assert not inputs['inputs'][0].equal(inputs['inputs'][1])
+    batch = [s.pred_instances for s in model.test_step(inputs)]
+    for i, together in enumerate(batch):
+        single = {k: v[i : i + 1] for k, v in inputs.items()}
+        (alone,) = (s.pred_instances for s in model.test_step(single))
+        assert len(alone) == len(together) > 10
+        torch.testing.assert_close(
+            alone.scores, together.scores, rtol=1e-4, atol=1e-5
+        )
+    assert not batch[0].scores.equal(batch[1].scores)

@@ -15,16 +15,11 @@ from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
-from packaging.version import parse
 
 from fasternet_det.data_preprocessor import MultiChannelDataPreprocessor
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = {'16bit': 1, '4channel': 4}
-# The fast form and exports need a newer torch than training does.
-needs_deploy = pytest.mark.skipif(
-    parse(torch.__version__) < parse('2.6'), reason='deploy needs torch 2.6'
-)
 
 
 @pytest.fixture(scope='module', params=CHANNELS)
@@ -131,7 +126,7 @@ def test_inference_and_pictures(model, config, image, trained, tmp_path):
     assert picture.shape == (128, 128, 3)
 
 
-@needs_deploy
+@pytest.mark.deploy
 def test_fast_form(model, image):
     from fasternet_det.deploy import optimize
 
@@ -141,7 +136,7 @@ def test_fast_form(model, image):
     np.testing.assert_allclose(fast.bboxes[:20], found.bboxes[:20], atol=1e-2)
 
 
-@needs_deploy
+@pytest.mark.deploy
 def test_export(model, image, kind, tmp_path):
     from fasternet_det.deploy.evaluate import ExportedDetector
     from fasternet_det.deploy.export import export, load
