@@ -79,7 +79,7 @@ def reader(project, site, imagenet):
     return run
 
 
-def demo(command, reader, tmp_path):
+def run_demo(command, reader, tmp_path):
     """Shortened to 20 iterations."""
     said = sh(
         f'{command} WORK_DIR="{tmp_path}" '
@@ -98,27 +98,27 @@ def demo(command, reader, tmp_path):
     assert len(list((tmp_path / 'pictures').iterdir())) == 4
 
 
-def tests(command, reader, tmp_path):
+def run_tests(command, reader, tmp_path):
     """It runs this, so what it would run is looked at."""
     said = sh(f'{command} --dry-run', ROOT)
     assert 'ruff check .' in said and '-m pytest' in said
     assert (ROOT / '.ci' / 'run').read_text().splitlines()[-1] == command
 
 
-def install(command, reader, tmp_path):
+def run_install(command, reader, tmp_path):
     """With all of it installed, torch above all, pip adds but us."""
     said = sh(f'python -m {command} --dry-run', ROOT)
     added = re.findall(r'Would install (.*)', said)
     assert added in ([], [f'fasternet_det-{fasternet_det.__version__}'])
 
 
-def data(command, reader, tmp_path):
+def run_data(command, reader, tmp_path):
     reader(command)
     root = reader.folder / command.split()[-1]
     assert len(list((root / 'train').iterdir())) == 35
 
 
-def train(command, reader, tmp_path):
+def run_train(command, reader, tmp_path):
     """One epoch, which mends what there is to mend in weights made up."""
     said = reader(
         f'{command} --cfg-options train_cfg.max_epochs=1 randomness.seed=0 '
@@ -145,14 +145,14 @@ def train(command, reader, tmp_path):
     (work_dir / 'epoch_1.pth').rename(work_dir / 'epoch_12.pth')
 
 
-def test_script(command, reader, tmp_path):
+def run_test(command, reader, tmp_path):
     if not BFLOAT16:
         path = reader.folder / 'my_fast_config.py'
         path.write_text(path.read_text().replace('bfloat16', 'float32'))
     assert re.search(r'coco/bbox_mAP: [\d.]+ ', reader(command))
 
 
-def export(command, reader, tmp_path):
+def run_export(command, reader, tmp_path):
     pytest.importorskip('onnxruntime')
     from fasternet_det.deploy.export import load
 
@@ -173,13 +173,13 @@ def export(command, reader, tmp_path):
         assert dets.shape == (1, 100, 5) and labels.shape == (1, 100)
 
 
-def convert(command, reader, tmp_path):
+def run_convert(command, reader, tmp_path):
     reader(command)
     converted = read_checkpoint(reader.folder / command.split()[3])
     assert is_timm_fasternet(converted)
 
 
-def flops(command, reader, tmp_path):
+def run_flops(command, reader, tmp_path):
     """Of Mask R-CNN, what the configs' page prints."""
     said = reader(command)
     page = (ROOT / 'configs' / 'fasternet' / 'README.md').read_text()
@@ -188,7 +188,7 @@ def flops(command, reader, tmp_path):
     assert all(f' {params} ' in said for params in printed)
 
 
-def elsewhere(command, reader, tmp_path):
+def run_elsewhere(command, reader, tmp_path):
     """These take hours; a test of their own runs them on less."""
     tool = Path(command.split()[1])
     test = (ROOT / 'tests' / 'test_tools' / f'test_{tool.name}').read_text()
@@ -201,17 +201,17 @@ def elsewhere(command, reader, tmp_path):
 
 
 RUNNERS = {
-    'make demo': demo,
-    'make test': tests,
-    'pip install': install,
-    'python -m fasternet_det.datasets.nuclei': data,
-    'python tools/train.py': train,
-    'python tools/test.py': test_script,
-    'python tools/benchmark.py': elsewhere,
-    'python tools/export.py': export,
-    'python tools/convert_checkpoint.py': convert,
-    'python tools/compare.py': elsewhere,
-    'python tools/get_flops.py': flops,
+    'make demo': run_demo,
+    'make test': run_tests,
+    'pip install': run_install,
+    'python -m fasternet_det.datasets.nuclei': run_data,
+    'python tools/train.py': run_train,
+    'python tools/test.py': run_test,
+    'python tools/benchmark.py': run_elsewhere,
+    'python tools/export.py': run_export,
+    'python tools/convert_checkpoint.py': run_convert,
+    'python tools/compare.py': run_elsewhere,
+    'python tools/get_flops.py': run_flops,
 }
 
 
