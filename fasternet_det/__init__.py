@@ -20,10 +20,10 @@ if _missing or importlib.util.find_spec('mmcv._ext') is None:
     )
 
 from .backbones import FasterNet, GGhostRegNet, SlotResNet  # noqa: E402
-from .history import allow_mmengine_checkpoints  # noqa: E402
 from .layers import ConvAWS2d, SAConv, SPConv  # noqa: E402
+from .unpickler import guard_mmengine  # noqa: E402
 
-allow_mmengine_checkpoints()
+guard_mmengine()
 
 __all__ = [
     'ConvAWS2d',

@@ -4,7 +4,6 @@ import os
 import os.path as osp
 import pickle
 import re
-import zipfile
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import AbstractSet, Dict, Iterator, List, Optional, Sequence, Union
@@ -18,10 +17,10 @@ from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_file_backend
 from mmengine.logging import MMLogger
 from mmengine.model import PretrainedInit
-from safetensors.torch import load_file
+from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor
 
-from .history import mmengine_history
+from .unpickler import load
 
 StateDict = Dict[str, Tensor]
 
@@ -118,33 +117,16 @@ def read_checkpoint(filename: str) -> dict:
             raise FileNotFoundError(f'there is no checkpoint at {filename}')
         with open(path, 'rb') as file:
             head = file.read(64)
-        is_safetensors = head[8:9] == b'{'
-        if head.lstrip()[:1] == b'<' and not is_safetensors:
+        if head.lstrip()[:1] == b'<' and head[8:9] != b'{':
             raise ValueError(
                 f'{filename} is a web page, not a checkpoint: download the '
                 'file that the page is about'
             )
         try:
-            if is_safetensors:
-                checkpoint = load_file(path)
-            elif zipfile.is_zipfile(path) or head[:1] == pickle.PROTO:
-                with mmengine_history():
-                    checkpoint = torch.load(
-                        path, map_location='cpu', weights_only=True
-                    )
-            else:
-                raise EOFError('neither safetensors nor of torch.save')
+            checkpoint = load(path, map_location='cpu')
         except pickle.UnpicklingError as error:
-            reason = re.search(
-                r'GLOBAL (\S+)|WeightsUnpickler error:\s*(.+)', str(error)
-            )
-            raise ValueError(
-                f'{filename} is refused: it holds more than tensors and plain '
-                f'data ({reason and (reason[1] or reason[2])}), and reading '
-                'it could execute code. Where you trust it, save its state '
-                'dict alone, or as .safetensors'
-            ) from error
-        except Exception as error:  # a broken file breaks torch in many ways
+            raise ValueError(f'{filename} is refused: {error}') from error
+        except Exception as error:  # a broken file breaks it in many ways
             raise ValueError(
                 f'{filename} is no readable checkpoint: it may be cut short, '
                 f'so fetch it again. The reader says: {error!r:.200}'
@@ -167,31 +149,98 @@ def find_pretrained(init_cfg: Union[dict, List[dict]]) -> Optional[dict]:
         dict | None: The entry, or None where there is none.
 
     Raises:
-        ValueError: If it does not stand alone, or holds other keys than
-            ``type``, ``checkpoint`` and ``prefix``.
+        ValueError: If an entry has no ``type``, or the ``Pretrained`` one
+            does not stand alone, holds other keys than ``type``,
+            ``checkpoint``, ``prefix``, ``ema`` and ``stem``, or one of these
+            has a value that it cannot have.
     """
     cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg]
-    if not any(cfg['type'] in ('Pretrained', PretrainedInit) for cfg in cfgs):
+    for cfg in cfgs:
+        if not isinstance(cfg, dict) or 'type' not in cfg:
+            raise ValueError(
+                f'init_cfg={init_cfg!r}: expected a dict, or a list of dicts, '
+                "with a `type`, such as type='Pretrained'"
+            )
+    # As mmengine's own `initialize` finds it, under all its names.
+    if not any(
+        cfg['type'] is PretrainedInit
+        or WEIGHT_INITIALIZERS.get(cfg['type']) is PretrainedInit
+        for cfg in cfgs
+    ):
         return None
-    if len(cfgs) > 1 or cfgs[0].keys() - {'prefix'} != {'type', 'checkpoint'}:
+    optional = {'prefix', 'ema', 'stem'}
+    if len(cfgs) > 1 or cfgs[0].keys() - optional != {'type', 'checkpoint'}:
         raise ValueError(
             f'init_cfg={init_cfg!r}: expected a Pretrained init_cfg '
-            'to stand alone, with `checkpoint` and, optionally, `prefix`'
+            'to stand alone, with `checkpoint` and, optionally, `prefix`, '
+            '`ema` and `stem`'
+        )
+    if cfgs[0].get('ema', False) not in (True, False):
+        raise ValueError(
+            f'init_cfg={init_cfg!r}: expected `ema` to be True, for the '
+            'moving average of the weights, or False'
+        )
+    if cfgs[0].get('stem') not in (None, 'adapt'):
+        raise ValueError(
+            f"init_cfg={init_cfg!r}: expected `stem` to be 'adapt', to fit "
+            "RGB weights to the image's channels, or left out"
         )
     return cfgs[0]
 
 
-def read_state_dict(filename: str, prefix: Optional[str] = None) -> StateDict:
+# Under which keys state dicts stand; the first one is taken.
+PLAIN_KEYS = ('state_dict', 'model')
+EMA_KEYS = ('state_dict_ema', 'ema_state_dict', 'model_ema', 'ema')
+EMA_COUNTS = ('steps', 'n_averaged')  # mmengine's and torch's, beside weights
+
+
+def _choose(checkpoint: dict, ema: bool, filename: str) -> dict:
+    """Find the state dict in a checkpoint, that of the average on request."""
+    plain, averages = (
+        {k: checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)}
+        for keys in (PLAIN_KEYS, EMA_KEYS)
+    )
+    if ema and not averages:
+        raise ValueError(
+            f'{filename} holds no moving average of the weights, expected one '
+            f'under {", ".join(EMA_KEYS)}: leave out `ema=True`'
+        )
+    exchanged = 'state_dict' in plain and 'steps' in averages.get(
+        'ema_state_dict', {}
+    )
+    if ema and not exchanged:
+        key, what = next(iter(averages)), 'the average'
+    else:
+        key = next(iter(plain), None)
+        # mmengine's EMAHook saves the average as state_dict, and the weights
+        # that it is of as ema_state_dict.
+        what = 'the average' if exchanged else 'the weights themselves'
+    if averages:
+        MMLogger.get_current_instance().info(
+            f'{filename} holds weights and their moving average: taking '
+            f'{what}, from {key or "its top"}'
+        )
+    chosen = checkpoint if key is None else checkpoint[key]
+    return {k: v for k, v in chosen.items() if k not in EMA_COUNTS}
+
+
+def read_state_dict(
+    filename: str, prefix: Optional[str] = None, ema: bool = False
+) -> StateDict:
     """Read the state dict of one model from a checkpoint.
 
     The state dict may be the file itself or stand under ``state_dict`` or
     ``model``; ``module.``, ``model.`` and ``backbone.`` before the keys are
-    dropped, and of a detector just the backbone is kept.
+    dropped, ``_orig_mod.``, of ``torch.compile``, anywhere, and of a detector
+    just the backbone is kept.
 
     Args:
         filename (str): See :func:`read_checkpoint`.
         prefix (str, optional): The part to keep, such as ``'backbone.'``,
             where the layout is another one. Defaults to None.
+        ema (bool): Whether to take the moving average of the weights that
+            the file holds beside them, as timm, torchvision and mmengine
+            save it. Defaults to False.
 
     Returns:
         dict[str, Tensor]: Tensors by name.
@@ -201,10 +250,7 @@ def read_state_dict(filename: str, prefix: Optional[str] = None) -> StateDict:
         ValueError: If the file cannot be read safely, holds no such part, or
             holds NaN or infinite values.
     """
-    state_dict = read_checkpoint(filename)
-    for wrapper in ('state_dict', 'model'):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
+    state_dict = _choose(read_checkpoint(filename), ema, filename)
     strangers = {
         str(key)
         for key, value in state_dict.items()
@@ -216,6 +262,10 @@ def read_state_dict(filename: str, prefix: Optional[str] = None) -> StateDict:
             'its top or under `state_dict` or `model`, found '
             f'{_listed(strangers) or "nothing"}'
         )
+    state_dict = {
+        key.replace('_orig_mod.', ''): value
+        for key, value in state_dict.items()
+    }
     if prefix:
         prefix = prefix.rstrip('.') + '.'
         kept = _under(state_dict, prefix)
@@ -240,7 +290,7 @@ def read_state_dict(filename: str, prefix: Optional[str] = None) -> StateDict:
         raise ValueError(
             f'{filename} holds NaN or infinite values in {_listed(broken)}'
         )
-    return dict(state_dict)
+    return state_dict
 
 
 def _under(state_dict: StateDict, prefix: str) -> StateDict:
@@ -278,6 +328,8 @@ def load_exactly(
     for group in optional:
         if group <= missing:
             missing -= group
+    # torch 0.4.1 brought these; older files lack them.
+    missing = {k for k in missing if not k.endswith('.num_batches_tracked')}
     unexpected = state_dict.keys() - own.keys() - spare
     misshapen = {
         f'{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}'
@@ -299,12 +351,44 @@ def load_exactly(
             f'{"; ".join(problems)}. Nothing was loaded.'
         )
     module.load_state_dict(
-        {k: v for k, v in state_dict.items() if k in own}, strict=not optional
+        {k: v for k, v in state_dict.items() if k in own}, strict=False
     )
     MMLogger.get_current_instance().info(
         f'{len(own.keys() & state_dict.keys())} of {len(own)} entries of '
         f'{type(module).__name__} come from {source}'
     )
+
+
+def adapt_stem(state_dict: StateDict, key: str, in_channels: int) -> StateDict:
+    """Fit the weights of an RGB stem to images of other channels.
+
+    One channel gets the sum over RGB, as if the grey image came three times.
+    Of more, the first three keep the weights of RGB and the others get their
+    mean; of two, both get the mean. The whole is scaled by
+    3 / ``in_channels``, so that the response to equal channels stays.
+
+    Args:
+        state_dict (dict[str, Tensor]): Tensors by name.
+        key (str): Name of the stem's weight, of shape (C, 3, kH, kW).
+        in_channels (int): Channels of the image.
+
+    Returns:
+        dict[str, Tensor]: The state dict, with a weight of shape
+        (C, in_channels, kH, kW) where it held RGB's.
+    """
+    weight = state_dict.get(key)
+    if weight is None or weight.dim() != 4 or weight.shape[1] != 3:
+        return state_dict
+    if in_channels == 3:
+        return state_dict
+    mean = weight.mean(1, keepdim=True)
+    kept = weight[:, :3] if in_channels > 3 else weight[:, :0]
+    others = mean.expand(-1, in_channels - kept.shape[1], -1, -1)
+    adapted = torch.cat((kept, others), dim=1) * (3 / in_channels)
+    MMLogger.get_current_instance().info(
+        f'{key}: weights of RGB fitted to {in_channels} channels'
+    )
+    return {**state_dict, key: adapted}
 
 
 def fasternet_from_timm(state_dict: StateDict) -> StateDict:

@@ -8,13 +8,17 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.model import PretrainedInit
 from safetensors.torch import save_file
 
 from fasternet_det import FasterNet
 from fasternet_det.checkpoint import (
+    adapt_stem,
     fasternet_from_timm,
     fasternet_to_timm,
+    find_pretrained,
+    read_checkpoint,
     read_state_dict,
 )
 
@@ -234,7 +238,7 @@ def spoilt(key, value):
     [
         (
             lambda sd: [sd.pop(k) for k in list(sd) if 'stages.6.' in k],
-            r'missing: stages.6.blocks.0.mlp.0.weight.*\(16 in all\)',
+            r'missing: stages.6.blocks.0.mlp.0.weight.*\(14 in all\)',
         ),
         (
             lambda sd: [
@@ -277,7 +281,7 @@ def test_what_does_not_fit_leaves_the_model_untouched(
 
 
 def refuses(path, message, error=ValueError, arch='t0', **init_cfg):
-    cfg = dict(type='Pretrained', checkpoint=str(path), **init_cfg)
+    cfg = dict(dict(type='Pretrained', checkpoint=str(path)), **init_cfg)
     model = FasterNet(arch, init_cfg=cfg)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(error, match=message) as info:
@@ -312,15 +316,23 @@ def test_truncated(save, imagenet, tmp_path):
 
 
 def test_flipped_bytes(tmp_path):
-    state_dict = {'patch_embed.proj.weight': torch.zeros(2)}
-    torch.save(state_dict, tmp_path / 'whole')
-    data = bytearray((tmp_path / 'whole').read_bytes())
+    """Each flip gives a dict or one clear error, and both occur."""
     path = tmp_path / 'a.pth'
-    for position in range(0, len(data), 7):
-        flipped = data.copy()
+    torch.save({'patch_embed.proj.weight': torch.ones(2)}, path)
+    data = path.read_bytes()
+    whole = read_checkpoint(path)
+    assert whole['patch_embed.proj.weight'].tolist() == [1, 1]
+    loaded = refused = 0
+    for position in range(len(data)):
+        flipped = bytearray(data)
         flipped[position] ^= 0xFF
         path.write_bytes(flipped)
-        refuses(path, '.')
+        try:
+            assert type(read_checkpoint(path)) is dict
+            loaded += 1
+        except ValueError:
+            refused += 1
+    assert loaded > 10 and refused > 10
 
 
 def test_html_page(tmp_path):
@@ -377,6 +389,123 @@ def test_a_tensor_alone(tmp_path):
 def test_bad_init_cfg(init_cfg):
     with pytest.raises(ValueError, match='to stand alone, with `checkpoint`'):
         FasterNet('t0', init_cfg=init_cfg).init_weights()
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'Pretrained',
+        'mmengine.Pretrained',
+        'PretrainedInit',
+        'mmengine.PretrainedInit',
+        PretrainedInit,
+    ],
+)
+def test_every_name_of_pretrained_accounts_for_each_key(
+    kind, imagenet, tmp_path
+):
+    few = dict(list(imagenet('t0').items())[:20])
+    torch.save(few, tmp_path / 'a.pth')
+    refuses(tmp_path / 'a.pth', 'missing: ', type=kind)
+
+
+@pytest.mark.parametrize(
+    'init_cfg, message',
+    [
+        (dict(checkpoint='a.pth'), 'with a `type`'),
+        ([dict(checkpoint='a.pth')], 'with a `type`'),
+        (dict(type='Pretrained', checkpoint='a', ema='yes'), '`ema` to be'),
+        (dict(type='Pretrained', checkpoint='a', stem='x'), '`stem` to be'),
+    ],
+)
+def test_bad_values_of_init_cfg(init_cfg, message):
+    with pytest.raises(ValueError, match=message):
+        find_pretrained(init_cfg)
+
+
+def test_other_initialisers_are_not_pretrained():
+    assert find_pretrained(dict(type='Kaiming', layer='Conv2d')) is None
+
+
+@pytest.mark.parametrize(
+    'prefix', ['_orig_mod.', 'module._orig_mod.', 'backbone._orig_mod.']
+)
+def test_weights_of_compiled_training(prefix, imagenet, tmp_path):
+    state_dict = imagenet('t0')
+    content = {prefix + k: v for k, v in state_dict.items()}
+    torch.save(content, tmp_path / 'a.pth')
+    check(backbone_from(tmp_path / 'a.pth'), state_dict)
+
+
+ONE, TWO = {'a': torch.ones(1)}, {'a': torch.full((1,), 2.0)}
+
+
+@pytest.mark.parametrize(
+    'content, plain, ema',
+    [
+        (dict(state_dict=ONE, state_dict_ema=TWO), 1, 2),  # timm
+        (
+            dict(model=ONE, model_ema={'module.a': TWO['a'], 'n_averaged': 3}),
+            1,
+            2,
+        ),  # torchvision
+        # mmengine's hook exchanges them
+        (
+            dict(
+                state_dict=TWO,
+                ema_state_dict={'module.a': ONE['a'], 'steps': 3},
+            ),
+            2,
+            2,
+        ),
+    ],
+)
+def test_moving_average(content, plain, ema, tmp_path, monkeypatch):
+    said = []
+    logger = MMLogger.get_current_instance()
+    monkeypatch.setattr(logger, 'info', said.append)
+    torch.save(content, tmp_path / 'a.pth')
+    for wanted, value in ((False, plain), (True, ema)):
+        read = read_state_dict(tmp_path / 'a.pth', ema=wanted)
+        assert {k: v.item() for k, v in read.items()} == {'a': value}
+        what = 'the average' if value == 2 else 'the weights themselves'
+        assert f'taking {what}' in said.pop()
+
+
+def test_no_moving_average(tmp_path):
+    torch.save(dict(state_dict=ONE), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='holds no moving average'):
+        read_state_dict(tmp_path / 'a.pth', ema=True)
+
+
+def test_old_files_without_num_batches_tracked(imagenet, tmp_path):
+    state_dict = imagenet('t0')
+    old = {k: v for k, v in state_dict.items() if 'num_batches' not in k}
+    assert len(old) < len(state_dict)
+    torch.save(old, tmp_path / 'a.pth')
+    own = backbone_from(tmp_path / 'a.pth').state_dict()
+    kept = old.keys() - FasterNet.classifier_keys
+    assert all(torch.equal(own[k], old[k]) for k in kept)
+
+
+@pytest.mark.parametrize(
+    'channels, expected',
+    [
+        (1, [6]),
+        (2, [3, 3]),
+        (4, [0.75, 1.5, 2.25, 1.5]),
+        (6, [0.5, 1, 1.5, 1, 1, 1]),
+    ],
+)
+def test_adapt_stem(channels, expected):
+    rgb = torch.tensor([1.0, 2, 3]).reshape(1, 3, 1, 1)
+    other = torch.ones(1)
+    given = dict(stem=rgb, other=other)
+    adapted = adapt_stem(given, 'stem', channels)
+    assert adapted['stem'].flatten().tolist() == expected
+    assert adapted['other'] is other and given['stem'] is rgb
+    assert adapt_stem(given, 'stem', 3) is given
+    assert adapt_stem(adapted, 'stem', channels) is adapted
 
 
 class Bomb:

@@ -1,0 +1,328 @@
+"""Our reader gives what torch.load gives, and nothing that it should not."""
+
+import io
+import os
+import pickle
+import re
+import sys
+import types
+import zipfile
+from collections import Counter, OrderedDict
+
+import pytest
+import torch
+import torch.nn as nn
+from mmdet.registry import MODELS
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.runner import checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
+from safetensors.torch import save_file
+
+from fasternet_det import SlotResNet
+from fasternet_det.unpickler import _Unpickler, load
+
+BASE = torch.arange(24.0).reshape(4, 6)
+
+
+class Call:
+    """Pickles to a call, and to a state set on its result."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = function, args, state
+
+    def __reduce__(self):
+        return self.reduced[: 2 if self.reduced[2] is None else 3]
+
+
+def saved(content, legacy=False):
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize(
+    'tensor',
+    [
+        BASE,
+        BASE.t(),
+        BASE[1:3, ::2],
+        BASE[0, 0],
+        BASE[:0],
+        torch.empty(0),
+        BASE[:1].expand(5, 6),
+        nn.Parameter(BASE),
+        nn.Parameter(BASE, requires_grad=False),
+        BASE.clone().requires_grad_(),
+        BASE.bfloat16(),
+        BASE.half(),
+        BASE.to(torch.complex64) * 1j,
+        BASE > 3,
+        BASE.to(torch.uint8),
+        BASE.long(),
+    ],
+    ids=lambda t: f'{t.dtype}-{tuple(t.shape)}-{t.stride()}',
+)
+def test_tensors_as_by_torch(tensor, legacy):
+    file = saved(tensor, legacy)
+    theirs = torch.load(file, weights_only=True)
+    ours = load(file)
+    assert type(ours) is type(theirs) and ours.dtype == theirs.dtype
+    assert ours.requires_grad == theirs.requires_grad
+    assert ours.stride() == theirs.stride()
+    assert ours.storage_offset() == theirs.storage_offset()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize('protocol', [2, 4])
+@pytest.mark.parametrize('legacy', [False, True])
+def test_containers(legacy, protocol):
+    content = dict(
+        a=[1, 2.5, None, True, -(1 << 40)],
+        b=(b'x', 'y', (), (1, 2, 3, 4)),
+        c=OrderedDict(z=1, y=2),
+        d=Counter('aab'),
+        e={1, 2},
+        f=torch.float64,
+        g=torch.Size([1, 2]),
+        h=torch.device('cpu'),
+        i=1 + 2j,
+    )
+    file = io.BytesIO()
+    torch.save(
+        content,
+        file,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    back = load(file)
+    assert back == content
+    assert list(map(type, back.values())) == list(map(type, content.values()))
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_tied_tensors_stay_tied(legacy):
+    back = load(saved(dict(a=BASE, b=BASE[1]), legacy))
+    back['a'][1, 0] = 99
+    assert back['b'][0] == 99
+
+
+def test_metadata_of_a_state_dict():
+    state_dict = nn.BatchNorm2d(2).state_dict()
+    assert load(saved(state_dict))._metadata == state_dict._metadata
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize(
+    'map_location',
+    [
+        None,
+        'cpu',
+        'meta',
+        torch.device('cpu'),
+        {'cpu': 'meta'},
+        lambda storage, location: storage,
+    ],
+)
+def test_map_location(map_location, legacy):
+    file = saved(BASE, legacy)
+    file.seek(0)
+    expected = torch.load(file, map_location, weights_only=True).device
+    assert load(file, map_location).device == expected
+
+
+def rebuild(*args):
+    return Call(torch._utils._rebuild_tensor_v2, *args)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize(
+    'layout',
+    [
+        (0, (25,), (1,)),
+        (1, (24,), (1,)),
+        (0, (2,), (24,)),
+        (-1, (2,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (2, 2), (1,)),
+        (0, (1 << 62, 1 << 62), (0, 0)),
+        (0.5, (2,), (1,)),
+    ],
+)
+def test_a_tensor_stays_in_its_bytes(layout, legacy):
+    forged = rebuild(BASE.storage(), *layout, False, OrderedDict())
+    with pytest.raises(pickle.UnpicklingError, match='layout|reaches over'):
+        load(saved(forged, legacy))
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize(
+    'forged',
+    [
+        Call(eval, '1'),
+        Call(getattr, dict, 'fromkeys'),
+        Call(torch.set_num_threads, 1),
+        Call(torch.Tensor, 5),  # memory as it was left
+        Call(OrderedDict, state=dict(items=1)),
+        Call(Counter, state=dict(items=1)),
+        Call(
+            torch._utils._rebuild_parameter,
+            BASE,
+            True,
+            OrderedDict(),
+            state=(BASE,),
+        ),
+    ],
+)
+def test_refused(forged, legacy):
+    with pytest.raises(pickle.UnpicklingError):
+        load(saved(forged, legacy))
+
+
+def test_items_go_into_containers_alone():
+    """A tensor or an array has setters too."""
+    size = b'ctorch\nSize\n(K\x01tR'
+    for raw in (b'K\x01K\x02s.', b'(K\x01K\x02u.', b'K\x01a.', b'(K\x01e.'):
+        with pytest.raises(pickle.UnpicklingError, match='items of a'):
+            _Unpickler(io.BytesIO(b'N' + raw), None).load()
+    with pytest.raises(TypeError):  # torch.Size takes no number
+        _Unpickler(io.BytesIO(size + b'.'), None).load()
+
+
+def rewritten(change, compress=zipfile.ZIP_STORED):
+    """The file of a tensor, each entry passed through ``change``."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(saved(BASE)) as old:
+        with zipfile.ZipFile(file, 'w', compress) as new:
+            for name in old.namelist():
+                new.writestr(name, change(name, old.read(name)))
+    return file
+
+
+def test_rewritten_file_loads():
+    assert torch.equal(load(rewritten(lambda name, raw: raw)), BASE)
+
+
+@pytest.mark.parametrize(
+    'file, message',
+    [
+        (
+            lambda: rewritten(lambda n, raw: raw, zipfile.ZIP_DEFLATED),
+            'compressed',
+        ),
+        (
+            lambda: rewritten(
+                lambda n, raw: raw[:-4] if n.endswith('data/0') else raw
+            ),
+            'of another size',
+        ),
+        (
+            lambda: rewritten(
+                lambda n, raw: b'big' if 'byteorder' in n else raw
+            ),
+            'big-endian',
+        ),
+        (lambda: io.BytesIO(b'ustar' * 300), 'neither'),
+    ],
+)
+def test_other_files(file, message):
+    with pytest.raises(EOFError, match=message):
+        load(file())
+
+
+def test_torchscript(tmp_path):
+    path = tmp_path / 'a.zip'
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('a/constants.pkl', b'')
+        archive.writestr('a/data.pkl', b'')
+    with pytest.raises(pickle.UnpicklingError, match='TorchScript'):
+        load(path)
+
+
+@pytest.fixture
+def addresses(server, tmp_path, monkeypatch):
+    """An address by every scheme of mmengine's, all of one served file."""
+    url, _ = server
+    source = tmp_path / 'www' / 'a.pth'
+
+    class Petrel(LocalBackend):
+        def get(self, filepath):
+            return source.read_bytes()
+
+    class Model:
+        name = 'a.pth'
+
+        @staticmethod
+        def download(path):
+            with open(path, 'wb') as file:
+                file.write(source.read_bytes())
+
+    register_backend('petrel', Petrel, force=True)
+    monkeypatch.setattr(
+        checkpoint, 'get_file_backend', lambda *args, **kwargs: Petrel()
+    )
+    pavi = types.ModuleType('pavi')
+    pavi.modelcloud = types.SimpleNamespace(get=lambda path: Model)
+    monkeypatch.setitem(sys.modules, 'pavi', pavi)
+    for name in ('torchvision', 'external', 'mmcls'):
+        monkeypatch.setattr(
+            checkpoint,
+            f'get_{name}_models',
+            lambda: dict(a=f'{url}/a.pth'),
+        )
+    monkeypatch.setattr(
+        CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes)
+    )
+    CheckpointLoader.register_scheme(  # one that came after us
+        'late://', lambda name, map_location: torch.load(source)
+    )
+    return {'': str(source), 'http://': f'{url}/a.pth'}
+
+
+SCHEMES = [*CheckpointLoader._schemes, 'late://']
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_no_scheme_of_mmengine_runs_code(scheme, addresses, tmp_path):
+    address = re.sub(r'\(.*\)\?', '', scheme) + 'a'
+    if scheme == 'https://':  # the loader of http
+        assert (
+            CheckpointLoader._schemes[scheme]
+            is CheckpointLoader._schemes['http://']
+        )
+        address = addresses['http://']
+    address = addresses.get(scheme, address)
+    path, trace = tmp_path / 'www' / 'a.pth', tmp_path / 'trace'
+    content = {'backbone.a': BASE}
+    torch.save(dict(content, b=Call(os.mkdir, str(trace))), path)
+    with pytest.raises(pickle.UnpicklingError, match='mkdir'):
+        _load_checkpoint(address)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # so the file was a working bomb
+    for cached in (tmp_path / 'hub').rglob('*.pth'):
+        cached.unlink()
+    torch.save(content, path)
+    back = _load_checkpoint(address)
+    back = back.get('state_dict', back)
+    assert torch.equal(next(iter(back.values())), BASE)
+
+
+def test_no_model_runs_code_from_a_url(server, tmp_path):
+    trace = tmp_path / 'trace'
+    torch.save(dict(b=Call(os.mkdir, str(trace))), tmp_path / 'www' / 'a.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=f'{server[0]}/a.pth')
+    for model in (
+        SlotResNet(18, init_cfg=init_cfg),
+        MODELS.build(dict(type='ResNet', depth=18, init_cfg=init_cfg)),
+    ):
+        with pytest.raises((pickle.UnpicklingError, ValueError)):
+            model.init_weights()
+        assert not trace.exists()
+
+
+def test_safetensors_by_mmengine(tmp_path):
+    save_file(dict(a=BASE), tmp_path / 'a.safetensors')
+    back = _load_checkpoint(str(tmp_path / 'a.safetensors'))
+    assert torch.equal(back['a'], BASE)
