@@ -153,7 +153,6 @@ def run_test(command, reader, tmp_path):
 
 
 def run_export(command, reader, tmp_path):
-    pytest.importorskip('onnxruntime')
     from fasternet_det.deploy.export import load
 
     said = reader(command)
@@ -215,7 +214,16 @@ RUNNERS = {
 }
 
 
-@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize(
+    'command',
+    [
+        pytest.param(command, marks=[pytest.mark.deploy] * needs_deploy)
+        for command in COMMANDS
+        for needs_deploy in [
+            bool(re.search(r'\[deploy\]|my_fast_config|export.py', command))
+        ]
+    ],
+)
 def test_command(command, reader, tmp_path):
     """In the README's order: some read what an earlier one wrote."""
     runners = [RUNNERS[k] for k in RUNNERS if command.startswith(k)]
