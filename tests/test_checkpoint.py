@@ -396,8 +396,8 @@ def test_bad_init_cfg(init_cfg):
     [
         'Pretrained',
         'mmengine.Pretrained',
-        'PretrainedInit',
-        'mmengine.PretrainedInit',
+        'mmengine.model.PretrainedInit',
+        'mmengine.model.weight_init.PretrainedInit',
         PretrainedInit,
     ],
 )
