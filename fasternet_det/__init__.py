@@ -16,10 +16,13 @@ if _missing or importlib.util.find_spec('mmcv._ext') is None:
         'which this environment lacks. With torch installed, run\n'
         "    pip install ninja psutil wheel 'setuptools<80'\n"
         "    pip install --no-build-isolation 'mmcv==2.1.0'\n"
-        "    pip install 'fasternet_det[mmdet]'"
+        "    pip install 'fasternet_det[mmdet]'\n"
+        'In a clone, `python tools/install_mmcv.py` does the second in two '
+        'minutes, for torch 2.14 and later too.'
     )
 
 from .backbones import FasterNet, GGhostRegNet, SlotResNet  # noqa: E402
+from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
 from .layers import ConvAWS2d, SAConv, SPConv  # noqa: E402
 from .unpickler import guard_mmengine  # noqa: E402
 
@@ -29,6 +32,7 @@ __all__ = [
     'ConvAWS2d',
     'FasterNet',
     'GGhostRegNet',
+    'MultiChannelDataPreprocessor',
     'SAConv',
     'SPConv',
     'SlotResNet',

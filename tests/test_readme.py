@@ -112,6 +112,11 @@ def run_install(command, reader, tmp_path):
     assert added in ([], [f'fasternet_det-{fasternet_det.__version__}'])
 
 
+def run_install_mmcv(command, reader, tmp_path):
+    """It has made the environment of these tests."""
+    assert 'its ops fit this torch' in sh(command, ROOT)
+
+
 def run_data(command, reader, tmp_path):
     reader(command)
     root = reader.folder / command.split()[-1]
@@ -203,6 +208,7 @@ RUNNERS = {
     'make demo': run_demo,
     'make test': run_tests,
     'pip install': run_install,
+    'python tools/install_mmcv.py': run_install_mmcv,
     'python -m fasternet_det.datasets.nuclei': run_data,
     'python tools/train.py': run_train,
     'python tools/test.py': run_test,

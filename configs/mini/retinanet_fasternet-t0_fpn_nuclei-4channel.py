@@ -1,7 +1,6 @@
 # RetinaNet on images of four channels. Made by:
 # python -m fasternet_det.datasets.nuclei data/nuclei-4channel --kind 4channel
 _base_ = './retinanet_fasternet-t0_fpn_nuclei.py'
-custom_imports = dict(imports=['fasternet_det.data_preprocessor'])
 data_root = 'data/nuclei-4channel/'
 model = dict(
     data_preprocessor=dict(

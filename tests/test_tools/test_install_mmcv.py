@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -6,6 +7,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import mmcv_ops
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -137,3 +140,16 @@ def test_progress_and_failure_of_the_build(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == '==>     8 of 77 files compiled'
     assert said[-1] == '==>     77 of 77 files compiled' and len(said) == 10
+
+
+def test_ops_equal_those_of_a_plain_build():
+    """Compiled here, they give what pip's own way of building mmcv gave."""
+    want = json.loads((ROOT / 'tests' / 'data' / 'mmcv_ops.json').read_text())
+    got = mmcv_ops.run()
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        scale = max(map(abs, values))
+        assert scale > 0
+        np.testing.assert_allclose(
+            got[name], values, rtol=0, atol=1e-5 * scale, err_msg=name
+        )
