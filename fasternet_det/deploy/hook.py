@@ -1,7 +1,9 @@
 """The fast form in mmengine's test loop."""
 
 import torch
+import torch.nn as nn
 from mmengine.hooks import Hook
+from mmengine.model import BaseAveragedModel, BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -33,7 +35,15 @@ class OptimizeHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Replace the model of a runner, which has its weights by now."""
-        model = runner.model
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            model = model.module
-        runner.model = optimize(model.eval(), self.dtype, compile=self.compile)
+        runner.model = self._optimize(runner.model)
+
+    def _optimize(self, model: nn.Module) -> nn.Module:
+        """Optimise a detector, also in the wrappers that call it."""
+        # An averaged model is no wrapper in mmengine's registry, nor is the
+        # one that merges the predictions of augmented images.
+        if is_model_wrapper(model) or isinstance(
+            model, (BaseAveragedModel, BaseTTAModel)
+        ):
+            model.module = self._optimize(model.module)
+            return model
+        return optimize(model.eval(), self.dtype, compile=self.compile)

@@ -427,7 +427,8 @@ class FastRoIExtractor(SingleRoIExtractor):
             memory_format=torch.channels_last,
         )
         levels = self.map_roi_levels(rois, len(feats))
-        if roi_scale_factor is not None:
+        # As in mmdet, which does not scale them for a single level.
+        if roi_scale_factor is not None and len(feats) > 1:
             rois = self.roi_rescale(rois, roi_scale_factor)
         for level in levels.unique().tolist():
             k = (levels == level).nonzero()[:, 0]

@@ -1,7 +1,7 @@
 """The fast form of a backbone, or of a detector."""
 
 from functools import partial
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -114,8 +114,17 @@ def _cast(value: Any, **to: Any) -> Any:
     return value.to(**to) if isinstance(value, Tensor) else value
 
 
-def _cast_input(module: nn.Module, args: tuple, **to: Any) -> tuple:
-    return (_cast(args[0], **to), *args[1:])
+def _cast_input(
+    module: nn.Module, args: tuple, kwargs: Dict[str, Any], **to: Any
+) -> Tuple[tuple, Dict[str, Any]]:
+    named = {name: _cast(value, **to) for name, value in kwargs.items()}
+    return _cast(args, **to), named
+
+
+def _cast_before(module: nn.Module, **to: Any) -> None:
+    """Cast what a module is called with, by position or by keyword."""
+    cast = partial(_cast_input, **to)
+    module.register_forward_pre_hook(cast, with_kwargs=True)
 
 
 def _cast_output(
@@ -158,6 +167,16 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
         raise ValueError(
             f'cannot compute in {dtype} on {device}, expected one of '
             f'{", ".join(map(str, dtypes))}'
+        )
+    # oneDNN's kernels fail at the first image without.
+    if (
+        (device, dtype) == ('cpu', torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        raise ValueError(
+            'cannot compute in torch.bfloat16 on this CPU: it needs '
+            'avx512_bf16 or amx_bf16, see `lscpu`; use torch.float32'
         )
     for name, module in model.named_modules():
         # Folding leaves no other SAConv.
@@ -211,18 +230,18 @@ def _set_precision(model: nn.Module, to: Dict[str, Any]) -> None:
                 child.to(**to)
     else:
         model.to(**to)
-    backbone.register_forward_pre_hook(partial(_cast_input, **to))
+    _cast_before(backbone, **to)
     boxes = dict(dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, HEADS):
             module.register_forward_hook(partial(_cast_output, **boxes))
             for layer in _predictors(module):
                 layer.to(torch.float32)
-                layer.register_forward_pre_hook(partial(_cast_input, **boxes))
+                _cast_before(layer, **boxes)
         if isinstance(module, BaseRoIExtractor) and not _fuse_pooling(module):
             # mmcv's RoIAlign reads any memory as (N, C, H, W).
             plain = boxes | dict(memory_format=torch.contiguous_format)
-            module.register_forward_pre_hook(partial(_cast_input, **plain))
+            _cast_before(module, **plain)
             module.register_forward_hook(partial(_cast_output, **to))
 
 

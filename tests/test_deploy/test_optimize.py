@@ -22,7 +22,9 @@ from fasternet_det.deploy.operators import (
     KEPT_SHAPES,
     FastBottleneck,
     FastRoIAlign,
+    FastRoIExtractor,
     FusedConv2d,
+    FusedLinear,
     FusedUpsample,
     InPlaceBlock,
 )
@@ -124,15 +126,19 @@ def test_deformable_layer_in_channels_last(tamed):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('batch', [1, 2])
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_block_is_exact(layout, randomise, monkeypatch):
-    """In float64, and in tiles of one row: 1e-12."""
+def test_block_is_exact(layout, batch, randomise, monkeypatch):
+    """In float64, and in tiles of one row: 1e-12.
+
+    The first channels of a single image are a view of it.
+    """
     monkeypatch.setattr('fasternet_det.deploy.operators.TILE', 1)
     for arch in ('t0', 's'):
         model = randomise(FasterNet(arch, layer_scale_init_value=1))
         model = fold(model.eval().double())
         stage = model.stages[2]
-        x = random('x', 2, model.out_channels[1], 7, 5).double()
+        x = random('x', batch, model.out_channels[1], 7, 5).double()
         expected = stage(x)
         for block in stage.blocks:
             x = x.contiguous(memory_format=layout)
@@ -347,3 +353,43 @@ def test_twice():
         optimize(fast)
     with pytest.raises(ValueError, match='in train mode'):
         optimize(FasterNet('t0'))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('count', [0, 1, 3])
+def test_linear(count):
+    linear = nn.Linear(5, 7)
+    x = random('x', count, 5)
+    out = FusedLinear(linear)(x)
+    assert out.shape == (count, 7)
+    torch.testing.assert_close(out, linear(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('levels', [1, 2])
+def test_scaled_regions(levels):
+    """As in mmdet, which scales regions if there are several levels."""
+    config = dict(
+        type='SingleRoIExtractor',
+        roi_layer=dict(type='RoIAlign', output_size=3, sampling_ratio=0),
+        out_channels=4,
+        featmap_strides=[4, 8][:levels],
+    )
+    extractor = MODELS.build(config)
+    feats = [random(f'x{i}', 1, 4, 16, 16) for i in range(levels)]
+    rois = torch.tensor([[0, 10.0, 12, 30, 36]])
+    expected = extractor(feats, rois, roi_scale_factor=1.5)
+    extractor.__class__ = FastRoIExtractor
+    out = extractor(feats, rois, roi_scale_factor=1.5)
+    torch.testing.assert_close(out, expected)
+    plain = extractor(feats, rois)
+    assert torch.equal(out, plain) == (levels == 1)
+
+
+def test_bfloat16_needs_a_processor_that_has_it(monkeypatch):
+    monkeypatch.setattr(
+        torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False
+    )
+    with pytest.raises(ValueError, match='avx512_bf16 or amx_bf16'):
+        optimize(FasterNet('t0').eval(), torch.bfloat16)
+    optimize(FasterNet('t0').eval())
