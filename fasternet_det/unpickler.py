@@ -185,6 +185,13 @@ def _admitted() -> Dict[str, Any]:
 ADMITTED = _admitted()
 
 
+class _Opcodes(dict):
+    """What the unpickler does, by opcode."""
+
+    def __missing__(self, opcode: int) -> Callable:
+        raise _refuse(f'pickle opcode {bytes([opcode])!r}')
+
+
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler, with what it can do cut down to a list.
 
@@ -195,8 +202,8 @@ class _Unpickler(pickle._Unpickler):
 
     # What torch.save writes, by every protocol. Neither extension registries,
     # nor other ways to make objects.
-    dispatch = {
-        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
+    dispatch = _Opcodes(
+        (opcode[0], pickle._Unpickler.dispatch[opcode[0]])
         for opcode in (
             *(pickle.PROTO, pickle.FRAME, pickle.MARK, pickle.STOP),
             *(pickle.POP, pickle.POP_MARK, pickle.NONE, pickle.NEWTRUE),
@@ -214,7 +221,7 @@ class _Unpickler(pickle._Unpickler):
             *(pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GLOBAL),
             *(pickle.STACK_GLOBAL, pickle.BINPERSID),
         )
-    }
+    )
 
     def __init__(self, file: Any, find_storage: Callable) -> None:
         super().__init__(file)
@@ -374,7 +381,9 @@ def _load_zip(source: _Bounded, map_location: MapLocation) -> Any:
 
     def locate(name: str) -> Tuple[int, int]:
         """Start and size of an entry."""
-        entry = entries[f'{folder}/{name}']
+        entry = entries.get(f'{folder}/{name}')
+        if entry is None:
+            raise EOFError(f'{name} is missing')
         if entry.compress_type != zipfile.ZIP_STORED:
             raise EOFError(f'{name} is compressed')
         # torch may leave the checksums out, so Python's reader will not do.

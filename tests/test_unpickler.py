@@ -1,5 +1,6 @@
 """Our reader gives what torch.load gives, and nothing that it should not."""
 
+import copy
 import io
 import os
 import pickle
@@ -188,6 +189,60 @@ def test_items_go_into_containers_alone():
             _Unpickler(io.BytesIO(b'N' + raw), None).load()
     with pytest.raises(TypeError):  # torch.Size takes no number
         _Unpickler(io.BytesIO(size + b'.'), None).load()
+
+
+@pytest.mark.parametrize(
+    'raw',
+    [
+        b'\x82\x01.',  # EXT1: the extension registry
+        b'(ios\nmkdir\n.',  # INST
+        b'(cos\nmkdir\no.',  # OBJ
+        b'Pa\n.',  # PERSID
+        b'ccollections\nOrderedDict\n)}\x92.',  # NEWOBJ_EX
+        b'\x80\x04\x8c\x05torch\x8c\x0aTensor.set_\x93.',  # dotted
+        b'\x80\x04\x8c\x02os\x8c\x05mkdir\x93.',
+    ],
+)
+def test_other_ways_to_get_at_code(raw):
+    with pytest.raises(pickle.UnpicklingError, match='could execute code'):
+        _Unpickler(io.BytesIO(raw), None).load()
+
+
+def test_newer_dtypes():
+    """They have no storage class: version 3 of a tensor's pickle."""
+    if not hasattr(torch, 'float8_e4m3fn') or not hasattr(torch, 'uint16'):
+        pytest.skip('this torch cannot save them')
+    content = [BASE.to(torch.float8_e4m3fn), BASE.to(torch.uint16).t()]
+    for ours, theirs in zip(load(saved(content)), content):
+        assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+        assert torch.equal(ours.float(), theirs.float())
+
+
+def test_a_tensor_with_attributes_comes_without_them():
+    tensor = BASE.clone()
+    tensor.note = 'mine'
+    loaded = load(saved(tensor))
+    assert torch.equal(loaded, BASE) and not hasattr(loaded, 'note')
+    rebuild = torch._tensor._rebuild_from_type_v2
+    forged = Call(rebuild, OrderedDict, torch.Tensor, (), {})
+    with pytest.raises(pickle.UnpicklingError, match='a tensor subclass'):
+        load(saved(forged))
+
+
+def test_storages_that_overlap():
+    """A small file could fill the memory with them."""
+    tensors = [torch.full((4096,), float(i)) for i in range(9)]
+    file = io.BytesIO()
+    with zipfile.ZipFile(saved(tensors)) as old:
+        with zipfile.ZipFile(file, 'w') as new:
+            for name in ('archive/data.pkl', 'archive/data/0'):
+                new.writestr(name, old.read(name))
+            for i in range(1, 9):  # entries of the directory alone
+                entry = copy.copy(new.getinfo('archive/data/0'))
+                entry.filename = f'archive/data/{i}'
+                new.filelist.append(entry)
+    with pytest.raises(EOFError, match='its storages overlap'):
+        load(file)
 
 
 def rewritten(change, compress=zipfile.ZIP_STORED):
