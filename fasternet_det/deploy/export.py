@@ -102,10 +102,11 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
         for module in getattr(folded, 'backbone', folded).modules()
         if hasattr(module, 'in_channels')
     )
-    # torch takes a size of 1 in its example for a constant.
+    # torch takes a size of 1 in its example for a constant, and RetinaNet's
+    # last level is at stride 128.
     program = torch.export.export(
         graph,
-        (torch.zeros(2, in_channels, 96, 128),),
+        (torch.zeros(2, in_channels, 384, 512),),
         dynamic_shapes=({dim: torch.export.Dim.DYNAMIC for dim in DIMS},),
     )
     if whole:

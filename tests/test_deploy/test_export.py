@@ -311,6 +311,22 @@ def test_nothing_found(retinanet, tmp_path, tiles):
         assert (labels == np.full((2, 100), -1)).all()
 
 
+def test_seven_levels_at_any_size(randomise, tmp_path):
+    """RetinaNet as on COCO, whose last level may be of one pixel, or more."""
+    config = Config.fromfile(
+        CONFIGS / 'fasternet/retinanet_fasternet-t0_fpn_1x_coco.py'
+    )
+    init_default_scope('mmdet')
+    model = randomise(MODELS.build(config.model)).eval()
+    model.bbox_head.retina_cls.weight.data /= 20
+    model.bbox_head.retina_reg.weight.data /= 20
+    export(model, tmp_path / 'a.onnx')
+    session = ExportedDetector(load(tmp_path / 'a.onnx'), None)
+    for shape in ((1, 3, 320, 480), (2, 3, 96, 128), (1, 3, 416, 640)):
+        images = torch.from_numpy(fill_input(0, shape))
+        assert min(compare(session, model, images)) > 20
+
+
 @pytest.mark.parametrize(
     'name, layers',
     [
