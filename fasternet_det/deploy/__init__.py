@@ -1,5 +1,6 @@
 from .fold import fold
 from .hook import OptimizeHook
 from .optimize import optimize
+from .versions import check_torch
 
-__all__ = ['OptimizeHook', 'fold', 'optimize']
+__all__ = ['OptimizeHook', 'check_torch', 'fold', 'optimize']

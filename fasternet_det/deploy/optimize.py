@@ -40,6 +40,7 @@ from .operators import (
     InPlaceBlock,
     fuses,
 )
+from .versions import check_torch
 
 # Between a head's forward and the detections, sizes depend on values and
 # precision matters.
@@ -278,9 +279,11 @@ def optimize(
         maps are of ``dtype``.
 
     Raises:
+        RuntimeError: If torch is older than 2.6.
         ValueError: If the model cannot be folded, or not be computed in
             ``dtype``.
     """
+    check_torch('optimize')
     model = fold(model)
     _check(model, dtype)
     if compile:
