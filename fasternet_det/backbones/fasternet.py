@@ -11,15 +11,10 @@ from mmcv.cnn.bricks import DropPath
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import (
-    fasternet_from_timm,
-    find_pretrained,
-    load_exactly,
-    read_state_dict,
-)
-from .recompute import recomputed
+from ..checkpoint import fasternet_from_timm, load_exactly
+from .base import Backbone
+from .recompute import lean_mlp, recomputed
 
 
 class PartialConv(nn.Module):
@@ -50,7 +45,7 @@ class PartialConv(nn.Module):
             Tensor: A new map of shape (N, C, H, W); ``x`` keeps its values.
         """
         x1, x2 = x.split((self.dim_conv3, self.dim_untouched), dim=1)
-        if x.requires_grad:
+        if torch.is_grad_enabled():
             x1 = x1.clone()  # a view would keep all of x for the backward pass
         return torch.cat((self.partial_conv3(x1), x2), dim=1)
 
@@ -100,25 +95,16 @@ class FasterNetBlock(BaseModule):
         self.with_cp = with_cp
 
     def _residual(self, x: Tensor) -> Tensor:
-        out = self.mlp[0](self.spatial_mixing(x))
-        # Norm and activation are cheap to recompute, and their outputs most
-        # of a block's memory. SyncBN would communicate once more.
-        if (
-            out.requires_grad
-            and not self.with_cp
-            and type(self.mlp[1]) is nn.BatchNorm2d
-            and not torch.compiler.is_compiling()
-        ):
-            out = recomputed(self.mlp[1:], self, out)
-        else:
-            out = self.mlp[1:](out)
+        out = self.spatial_mixing(x)
+        # With `with_cp`, all of the block is recomputed anyway.
+        out = self.mlp(out) if self.with_cp else lean_mlp(self.mlp, out)
         if self.layer_scale is not None:
             out = self.layer_scale[:, None, None] * out
         return x + self.drop_path(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, H, W)."""
-        if self.with_cp and torch.is_grad_enabled():
+        if self.with_cp:
             return recomputed(self._residual, self, x)
         return self._residual(x)
 
@@ -192,7 +178,7 @@ class BasicStage(BaseModule):
 
 
 @MODELS.register_module()
-class FasterNet(BaseModule):
+class FasterNet(Backbone):
     """FasterNet backbone.
 
     A PyTorch implementation of `Run, Don't Walk: Chasing Higher FLOPS for
@@ -204,8 +190,8 @@ class FasterNet(BaseModule):
         arch (str | dict): One of 't0', 't1', 't2', 's', 'm', 'l' (paper,
             Sec. 3.4), or a dict with ``embed_dim`` (int), ``depths`` (four
             ints) and ``act_cfg`` (dict). Defaults to 't0'.
-        in_channels (int): Channels of the image. Other than 3, training
-            starts from scratch: ImageNet files hold 3. Defaults to 3.
+        in_channels (int): Channels of the image. Defaults to 3, as in
+            ImageNet files.
         mlp_ratio (float): Hidden channels of the 1x1 convolutions over the
             block's. Defaults to 2.
         n_div (int): Inverse of the partial ratio of the PConv. Defaults to 4.
@@ -241,12 +227,17 @@ class FasterNet(BaseModule):
         init_cfg (dict | list[dict], optional): Initialisation. A dict with
             ``type='Pretrained'`` reads every layout that
             :func:`~fasternet_det.checkpoint.read_state_dict` knows,
-            with the names of timm too, and accounts for every key.
+            with the names of timm too, and accounts for every key; with
+            ``stem='adapt'``, it fits RGB weights to other ``in_channels``.
             Defaults to None: the official truncated normal.
 
     Raises:
         TypeError: If an argument is unknown.
         ValueError: If an argument, the input or a checkpoint does not fit.
+
+    The map at position 2i of ``stages`` has shape (N, C * 2**i, H', W'),
+    where H' is H // 4 halved i times with the remainders dropped; H and W are
+    at least 32.
 
     Example:
         >>> import torch
@@ -265,6 +256,8 @@ class FasterNet(BaseModule):
         'm': (144, (3, 4, 18, 3), dict(type='ReLU', inplace=True)),
         'l': (192, (3, 4, 18, 3), dict(type='ReLU', inplace=True)),
     }
+    positions = (0, 2, 4, 6)
+    stem_weight = 'patch_embed.proj.weight'
     classifier_keys = {'avgpool_pre_head.1.weight', 'head.weight', 'head.bias'}
     min_size = 32  # below, the last stage would have no pixel
 
@@ -289,29 +282,16 @@ class FasterNet(BaseModule):
         init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
         super().__init__(
+            in_channels,
+            out_indices,
+            frozen_stages,
+            norm_eval,
+            fork_feat,
             init_cfg
-            or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02)
+            or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02),
         )
         embed_dim, depths, arch_act_cfg = self._parse_arch(arch)
         act_cfg = act_cfg or arch_act_cfg
-
-        positions = tuple(range(0, 2 * len(depths), 2))
-        if (
-            not out_indices
-            or list(out_indices) != sorted(set(out_indices))
-            or not set(out_indices) <= set(positions)
-        ):
-            raise ValueError(
-                f'out_indices={out_indices!r} is not a rising selection of '
-                f'{positions}, the positions of the stages in `stages`; the '
-                'odd positions are merging layers'
-            )
-        if frozen_stages not in range(-1, len(depths) + 1):
-            raise ValueError(
-                f'frozen_stages={frozen_stages!r} is not one of -1 (none), 0 '
-                f'(the stem), 1 to {len(depths)} (the stem and that many '
-                'stages)'
-            )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(
                 f'drop_path_rate={drop_path_rate!r} is not in [0, 1)'
@@ -321,12 +301,6 @@ class FasterNet(BaseModule):
                 f'n_div={n_div!r} is not in 1 to '
                 f'{embed_dim}, the channels of the first stage'
             )
-
-        self.in_channels = in_channels
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        self.fork_feat = fork_feat
 
         dims = [embed_dim * 2**i for i in range(len(depths))]
         self.patch_embed = PatchEmbed(
@@ -356,8 +330,6 @@ class FasterNet(BaseModule):
             self.out_channels = [dims[i // 2] for i in self.out_indices]
             for i, dim in zip(self.out_indices, self.out_channels):
                 self.add_module(f'norm{i}', build_norm_layer(norm_cfg, dim)[1])
-            # Left requiring gradients, these would make DDP wait for them.
-            self.stages[self.out_indices[-1] + 1 :].requires_grad_(False)
         else:
             self.avgpool_pre_head = nn.Sequential(
                 nn.AdaptiveAvgPool2d(1),
@@ -366,8 +338,7 @@ class FasterNet(BaseModule):
             )
             self.head = nn.Linear(feature_dim, num_classes)
 
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
+        self._freeze()
 
     @classmethod
     def _parse_arch(cls, arch: Union[str, dict]) -> Tuple[int, Sequence, dict]:
@@ -389,51 +360,11 @@ class FasterNet(BaseModule):
             )
         return embed_dim, depths, act_cfg
 
-    def _frozen_modules(self) -> List[nn.Module]:
-        """What ``frozen_stages`` names."""
-        if self.frozen_stages < 0:
-            return []
-        return [
-            self.patch_embed,
-            *self.stages[: max(0, 2 * self.frozen_stages - 1)],
-        ]
+    def _stem(self) -> List[nn.Module]:
+        return [self.patch_embed]
 
-    def train(self, mode: bool = True) -> 'FasterNet':
-        """Set the mode, keeping frozen stages, and all BatchNorms under
-        ``norm_eval``, in eval mode.
-
-        Args:
-            mode (bool): Whether to train. Defaults to True.
-
-        Returns:
-            FasterNet: The module itself.
-        """
-        super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-    def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says.
-
-        Raises:
-            ValueError: If a ``Pretrained`` checkpoint cannot be read safely
-                or does not fit; the model is then untouched.
-            FileNotFoundError: If there is no such checkpoint.
-        """
-        pretrained = find_pretrained(self.init_cfg)
-        if pretrained is None:
-            super().init_weights()
-            return
-        checkpoint = pretrained['checkpoint']
-        self.load_pretrained(
-            read_state_dict(checkpoint, pretrained.get('prefix')), checkpoint
-        )
-        self._is_init = True
+    def _stages(self) -> List[nn.Module]:
+        return list(self.stages)
 
     def load_pretrained(
         self, state_dict: Dict[str, Tensor], source: str
@@ -491,32 +422,7 @@ class FasterNet(BaseModule):
                 return arch, in_channels
         return f'embed_dim {embed_dim}, depths {depths}', in_channels
 
-    def forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
-        """Compute the feature maps, or the logits of the classifier.
-
-        Args:
-            x (Tensor): Image batch of shape (N, in_channels, H, W), H and W
-                at least 32.
-
-        Returns:
-            tuple[Tensor] | Tensor: The map at position 2i of ``stages`` has
-            shape (N, C * 2**i, H', W'), where H' is H // 4 halved i times
-            with the remainders dropped. Without ``fork_feat``, logits of
-            shape (N, num_classes).
-
-        Raises:
-            ValueError: If ``x`` has another shape.
-        """
-        if (
-            x.dim() != 4
-            or x.shape[1] != self.in_channels
-            or min(x.shape[2:]) < self.min_size
-        ):
-            raise ValueError(
-                f'FasterNet got an input of shape {tuple(x.shape)}; expected '
-                f'(N, {self.in_channels}, H, W) with H and W at least '
-                f'{self.min_size}'
-            )
+    def _forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
         x = self.patch_embed(x)
         if not self.fork_feat:
             for stage in self.stages:

@@ -9,9 +9,9 @@ from mmcv.cnn import build_norm_layer
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import find_pretrained, load_exactly, read_state_dict
+from ..checkpoint import load_exactly
+from .base import Backbone
 from .recompute import recomputed
 
 
@@ -75,7 +75,7 @@ class Bottleneck(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C', H, W) to (N, C, ceil(H / stride), ceil(W / stride))."""
-        if self.with_cp and torch.is_grad_enabled():
+        if self.with_cp:
             return recomputed(self._block, self, x)
         return self._block(x)
 
@@ -154,7 +154,7 @@ class GhostStage(BaseModule):
 
 
 @MODELS.register_module()
-class GGhostRegNet(BaseModule):
+class GGhostRegNet(Backbone):
     """G-Ghost RegNet backbone.
 
     A PyTorch implementation of `GhostNets on Heterogeneous Devices via Cheap
@@ -175,8 +175,8 @@ class GGhostRegNet(BaseModule):
             '320', its FLOPs in 100 M, or a dict with ``depths`` and
             ``widths`` (four ints each) and ``group_width`` (int). Defaults to
             '032'.
-        in_channels (int): Channels of the image. Other than 3, training
-            starts from scratch: ImageNet files hold 3. Defaults to 3.
+        in_channels (int): Channels of the image. Defaults to 3, as in
+            ImageNet files.
         cheap_ratio (float): Part of a ghost stage's channels that are made
             cheaply, rounded up so that the others fill their groups, of 3/4
             of the group width. Defaults to 0.5.
@@ -201,12 +201,16 @@ class GGhostRegNet(BaseModule):
         init_cfg (dict | list[dict], optional): Initialisation. A dict with
             ``type='Pretrained'`` reads every layout that
             :func:`~fasternet_det.checkpoint.read_state_dict` knows, and
-            accounts for every key. Defaults to None: the official Kaiming
+            accounts for every key; with ``stem='adapt'``, it fits RGB weights
+            to other ``in_channels``. Defaults to None: the official Kaiming
             initialisation.
 
     Raises:
         TypeError: If an argument is unknown.
         ValueError: If an argument, the input or a checkpoint does not fit.
+
+    The map of stage i, from 0, has shape (N, widths[i], H', W'), where H' is
+    H halved i + 2 times, each time rounded up.
 
     Example:
         >>> import torch
@@ -231,6 +235,8 @@ class GGhostRegNet(BaseModule):
         '160': ((2, 6, 13, 1), (256, 512, 896, 2048), 128),
         '320': ((2, 7, 13, 1), (336, 672, 1344, 2520), 168),
     }
+    positions = (0, 1, 2, 3)
+    stem_weight = 'conv1.weight'
     classifier_keys = {'fc.weight', 'fc.bias'}
     stem_channels = 32
 
@@ -248,33 +254,19 @@ class GGhostRegNet(BaseModule):
         num_classes: int = 1000,
         init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
-        super().__init__(init_cfg or dict(type='Kaiming', layer='Conv2d'))
+        super().__init__(
+            in_channels,
+            out_indices,
+            frozen_stages,
+            norm_eval,
+            fork_feat,
+            init_cfg or dict(type='Kaiming', layer='Conv2d'),
+        )
         depths, widths, group_width = self._parse_arch(arch)
-        if (
-            not out_indices
-            or list(out_indices) != sorted(set(out_indices))
-            or not set(out_indices) <= set(range(len(depths)))
-        ):
-            raise ValueError(
-                f'out_indices={out_indices!r} is not a rising selection of '
-                '(0, 1, 2, 3), the stages'
-            )
-        if frozen_stages not in range(-1, len(depths) + 1):
-            raise ValueError(
-                f'frozen_stages={frozen_stages!r} is not one of -1 (none), 0 '
-                f'(the stem), 1 to {len(depths)} (the stem and that many '
-                'stages)'
-            )
         if not (isinstance(cheap_ratio, float) and 0 < cheap_ratio < 1):
             raise ValueError(
                 f'cheap_ratio={cheap_ratio!r} is not between 0 and 1'
             )
-
-        self.in_channels = in_channels
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        self.fork_feat = fork_feat
 
         self.conv1 = nn.Conv2d(
             in_channels, self.stem_channels, 3, 2, padding=1, bias=False
@@ -322,15 +314,11 @@ class GGhostRegNet(BaseModule):
         if fork_feat:
             #: Channels of the outputs, what a neck takes as ``in_channels``.
             self.out_channels = [widths[i] for i in self.out_indices]
-            # Left requiring gradients, these would make DDP wait for them.
-            for stage in self._stages()[self.out_indices[-1] + 1 :]:
-                stage.requires_grad_(False)
         else:
             self.dropout = nn.Dropout(0.2)
             self.fc = nn.Linear(widths[-1], num_classes)
 
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
+        self._freeze()
 
     @classmethod
     def _parse_arch(
@@ -370,52 +358,8 @@ class GGhostRegNet(BaseModule):
     def _stages(self) -> List[nn.Module]:
         return [getattr(self, f'layer{i}') for i in range(1, 5)]
 
-    def _frozen_modules(self) -> List[nn.Module]:
-        """What ``frozen_stages`` names."""
-        if self.frozen_stages < 0:
-            return []
-        return [
-            self.conv1,
-            self.bn1,
-            *self._stages()[: self.frozen_stages],
-        ]
-
-    def train(self, mode: bool = True) -> 'GGhostRegNet':
-        """Set the mode, keeping frozen stages, and all BatchNorms under
-        ``norm_eval``, in eval mode.
-
-        Args:
-            mode (bool): Whether to train. Defaults to True.
-
-        Returns:
-            GGhostRegNet: The module itself.
-        """
-        super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-    def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says.
-
-        Raises:
-            ValueError: If a ``Pretrained`` checkpoint cannot be read safely
-                or does not fit; the model is then untouched.
-            FileNotFoundError: If there is no such checkpoint.
-        """
-        pretrained = find_pretrained(self.init_cfg)
-        if pretrained is None:
-            super().init_weights()
-            return
-        checkpoint = pretrained['checkpoint']
-        self.load_pretrained(
-            read_state_dict(checkpoint, pretrained.get('prefix')), checkpoint
-        )
-        self._is_init = True
+    def _stem(self) -> List[nn.Module]:
+        return [self.conv1, self.bn1]
 
     def load_pretrained(
         self, state_dict: Dict[str, Tensor], source: str
@@ -465,26 +409,7 @@ class GGhostRegNet(BaseModule):
                 return arch
         return f'depths {tuple(depths)}, widths {tuple(widths)}'
 
-    def forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
-        """Compute the feature maps, or the logits of the classifier.
-
-        Args:
-            x (Tensor): Image batch of shape (N, in_channels, H, W).
-
-        Returns:
-            tuple[Tensor] | Tensor: The map of stage i, from 0, has shape
-            (N, widths[i], H', W'), where H' is H halved i + 2 times, each
-            time rounded up. Without ``fork_feat``, logits of shape
-            (N, num_classes).
-
-        Raises:
-            ValueError: If ``x`` has another shape.
-        """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'GGhostRegNet got an input of shape {tuple(x.shape)}; '
-                f'expected (N, {self.in_channels}, H, W)'
-            )
+    def _forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
         x = self.relu(self.bn1(self.conv1(x)))
         if not self.fork_feat:
             for stage in self._stages():

@@ -1,10 +1,13 @@
 """mmdet's ResNet, with a slot for plug-in convolutions at every depth."""
 
-from typing import Any, Optional, Union
+from typing import Any, Optional, Tuple, Union
 
 from mmdet.models.backbones import resnet
 from mmdet.registry import MODELS
 from mmengine.model import Sequential
+from torch import Tensor
+
+from .base import frozen_norms, starts_training, warn_of_frozen_norms
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -81,3 +84,17 @@ class SlotResNet(resnet.ResNet):
                 type='Constant', val=0, override=dict(name='norm2')
             )
         return super().make_res_layer(**kwargs)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Compute mmdet's feature maps.
+
+        Args:
+            x (Tensor): Image batch of shape (N, in_channels, H, W).
+
+        Returns:
+            tuple[Tensor]: A map of shape (N, C, H', W') per ``out_indices``.
+        """
+        # Weights of a plain ResNet leave the norms of plug-ins as they are.
+        if starts_training(self, x) and any(frozen_norms(self).values()):
+            warn_of_frozen_norms(self)
+        return super().forward(x)

@@ -249,41 +249,6 @@ def test_all_parameters_get_gradients(with_cp, norm_eval, randomise):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_checkpointing_changes_nothing(randomise):
-    """Outputs, gradients and BatchNorm statistics."""
-    plain = randomise(GGhostRegNet(TINY, norm_eval=False)).train()
-    saving = randomise(GGhostRegNet(TINY, norm_eval=False, with_cp=True))
-    saving.train()
-    for model in (plain, saving):
-        outs = model(image(4, 3, 64, 64))
-        sum(out.pow(3).sum() for out in outs).backward()
-        model.outs = outs
-    for a, b in zip(plain.outs, saving.outs):
-        assert torch.equal(a, b)
-    for (name, a), b in zip(plain.named_parameters(), saving.parameters()):
-        assert torch.equal(a.grad, b.grad), name
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, saving.state_dict()[name]), name
-
-
-def test_checkpointing_saves_memory(randomise):
-    stored = {}
-    for with_cp in (False, True):
-        sizes = {}
-
-        def pack(tensor, sizes=sizes):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        model = randomise(GGhostRegNet('002', with_cp=with_cp)).train()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            outs = model(image(1, 3, 128, 128))
-        stored[with_cp] = sum(sizes.values())
-        del outs
-    assert stored[True] < 0.6 * stored[False]
-
-
 def frozen_names(model):
     return {n for n, p in model.named_parameters() if not p.requires_grad}
 
@@ -323,7 +288,7 @@ def test_norm_eval_is_the_default(randomise):
         m.training for m in model.modules() if isinstance(m, _BatchNorm)
     )
     free = GGhostRegNet(TINY, norm_eval=False).train()
-    with pytest.raises(ValueError, match='more than 1 value per channel'):
+    with pytest.raises(ValueError, match='two images or more'):
         free(image(1, 3, 64, 64))
 
 
