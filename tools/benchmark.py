@@ -50,6 +50,7 @@ from benchmark_models import (
     build_side,
     detector_samples,
     fill,
+    lacks_timm,
     parse,
     read_config,
 )
@@ -87,9 +88,16 @@ def ratios(reference: Sequence[float], times: Sequence[float]) -> List[float]:
 def agreement(found: InstanceData, reference: InstanceData) -> float:
     """Share of the detections that two results have in common: of one label,
     boxes of IoU 0.95, scores within 1%, and 99% of the mask's pixels.
+
+    Raises:
+        ValueError: If the reference is empty: that another result is empty
+            too proves nothing.
     """
-    if not len(found) or not len(reference):
-        return float(len(found) == len(reference))
+    if not len(reference):
+        raise ValueError(
+            'finds nothing in an image, so there are no detections to '
+            'compare; expected weights, or a score threshold, that give some'
+        )
     same = bbox_overlaps(found.bboxes.float(), reference.bboxes.float()) > 0.95
     same &= found.labels[:, None] == reference.labels
     scores = found.scores.float()[:, None], reference.scores.float()
@@ -106,7 +114,8 @@ def compare(sides: Sequence[Side]) -> List[Dict[str, Any]]:
     """Compare each side's outputs with the first side of the same model.
 
     Raises:
-        ValueError: If they differ by more than rounding explains.
+        ValueError: If they differ by more than rounding explains, or the
+            first side of a model finds nothing in an image.
     """
     rows: List[Dict[str, Any]] = []
     firsts: Dict[str, Tuple[Sequence[Tensor], List[InstanceData]]] = {}
@@ -120,6 +129,11 @@ def compare(sides: Sequence[Side]) -> List[Dict[str, Any]]:
         if side.model.key not in firsts:
             if maps is None:
                 raise ValueError(f'{name} has no maps: name it after others')
+            try:
+                for instances in found:
+                    agreement(instances, instances)
+            except ValueError as error:
+                raise ValueError(f'{name} {error}') from error
             firsts[side.model.key] = maps, found
             continue
         first_maps, first_found = firsts[side.model.key]
@@ -175,9 +189,15 @@ def measure(
         ValueError: If a side is unknown, cannot be built, or differs.
     """
     specs = [parse(side) for side in sides]
+    lacking = lacks_timm()
+    if lacking and any(spec.is_timm for spec in specs):
+        specs = [spec for spec in specs if not spec.is_timm]
+        if not specs:
+            raise ValueError(lacking)
+        print('Without the sides of timm:', lacking, file=sys.stderr)
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    print('Measuring', *sides, file=sys.stderr)
+    print('Measuring', *(spec.side for spec in specs), file=sys.stderr)
     models = {
         name: build_model(name, size, batch, checkpoint)
         for name in dict.fromkeys(spec.name for spec in specs)

@@ -2,10 +2,13 @@
 
 import copy
 import re
+import sys
 import zlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -78,6 +81,9 @@ SCALE = 1.873
 # The last layers of heads, on maps of standard deviation 30: boxes stay near
 # their anchors, and scores do not saturate, so that no two are equal.
 HEAD_GAINS = {'_reg': 0.01, '_cls': 0.1}
+# Strides from a point to the sides of its box, for the heads that predict
+# them: around 0, every other box would end before it starts.
+DISTANCES = {'rtm_reg': 4}
 CANDIDATES = 1000  # boxes and classes that pass the threshold into NMS
 
 
@@ -105,17 +111,50 @@ def as_original(model: nn.Module) -> nn.Module:
     return model
 
 
+# Where timm and torchvision lie: beside the environment, as mmengine and
+# mmdet change what they do where they find a torchvision.
+TIMM = Path(sys.prefix, 'timm')
+TIMM_TORCH = '2.13.'  # that the torchvision is made for
+
+
+def lacks_timm() -> Optional[str]:
+    """Why there is no timm to compare with; None where there is."""
+    if not torch.__version__.startswith(TIMM_TORCH):
+        return (
+            f"timm's torchvision is for torch {TIMM_TORCH}x, this is "
+            f'{torch.__version__}'
+        )
+    if not TIMM.is_dir():
+        return f'{TIMM} is missing: `make env` installs timm there'
+    return None
+
+
+@lru_cache(maxsize=None)
+def import_timm() -> Tuple[Any, torch.library.Library]:
+    """Import timm, after mmdet.
+
+    timm's models use no operator of torchvision, whose import needs no more
+    of them than the declarations: so any build of torch will do.
+
+    Returns:
+        tuple: The module, and the declarations, to be kept alive.
+    """
+    library = torch.library.Library('torchvision', 'DEF')
+    for name in ('nms', 'qnms'):
+        library.define(
+            f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> '
+            'Tensor'
+        )
+    sys.path.insert(0, str(TIMM))
+    return import_module('timm'), library
+
+
 class TimmFasterNet(nn.Module):
     """timm's FasterNet with our weights, and our output norms after it."""
 
     def __init__(self, ours: FasterNet, arch: str) -> None:
         super().__init__()
-        try:
-            import timm
-        except (ImportError, RuntimeError) as error:  # or its torchvision
-            raise ValueError(
-                f'timm-fasternet-{arch} needs timm: {error}'
-            ) from error
+        timm, _ = import_timm()
         self.body = timm.create_model(f'fasternet_{arch}', num_classes=0)
         problems = self.body.load_state_dict(
             fasternet_to_timm(ours.state_dict()), strict=False
@@ -142,6 +181,11 @@ class Spec:
     name: str
     runtime: str
     options: Sequence[str]
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether it needs timm."""
+        return self.name.startswith('timm-')
 
     @property
     def precision(self) -> str:
@@ -202,7 +246,10 @@ def fill(module: nn.Module) -> nn.Module:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         normal = torch.randn(tensor.shape, generator=generator)
         if name.endswith(('bias', 'running_mean')):
-            value = 0.1 * normal
+            offset = next(
+                (v for k, v in DISTANCES.items() if f'{k}.' in name), 0
+            )
+            value = 0.1 * normal + offset
         elif tensor.dim() >= 2:
             gain = next(
                 (v for k, v in HEAD_GAINS.items() if f'{k}.' in name), 1
