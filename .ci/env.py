@@ -62,7 +62,8 @@ def constraints():
     for name, version in versions.items():
         lines = rf'(?m)^{name}==.*$'  # one for each Python, at times
         text = re.sub(lines, f'{name}=={version}', text)
-    return text
+    # Some versions of torch pin their own.
+    return re.sub(r'(?m)^sympy==.*\n', '', text) if TORCH else text
 
 
 def wanted():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
 if hasattr(torch.compiler, 'is_compiling'):
@@ -216,18 +216,17 @@ def _can_recompute(mlp: nn.Sequential, x: Tensor) -> bool:
         and type(norm) is nn.BatchNorm2d
         and type(act) in ACTIVATIONS
         and type(x) is Tensor
-        and not _has_any_global_hook()
         and not any(map(_has_hook, (mlp, norm, act)))
         and not _others_save_tensors()
     )
 
 
 def _has_hook(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
+    """Whether a module has a hook of its own, or shares one of all modules."""
+    return any(
+        getattr(module, f'_{kind}_hooks')
+        or getattr(nn_module, f'_global_{kind}_hooks')
+        for kind in ('forward_pre', 'forward', 'backward_pre', 'backward')
     )
 
 

@@ -15,6 +15,7 @@ from mmdet.models import BaseDetector
 from ..layers import SAConv
 from .end_to_end import end_to_end, nms, roi_align
 from .fold import fold
+from .versions import check_torch
 
 try:
     import onnx
@@ -85,8 +86,10 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
         :mod:`~fasternet_det.deploy.end_to_end` describes.
 
     Raises:
+        RuntimeError: If torch is too old to export.
         ValueError: If the model cannot be folded or exported.
     """
+    check_torch('export')
     folded = fold(model)
     for name, module in folded.named_modules():
         if isinstance(module, SAConv):  # which else is folded away
