@@ -209,10 +209,10 @@ class Backbone(BaseModule):
             MMLogger.get_current_instance().warning(
                 f'The loss reads no output {sorted(unread)} of '
                 f'{type(self).__name__}, so that {", ".join(waiting)} get no '
-                'gradient, and DistributedDataParallel stops at the next '
-                'step, unless it finds unused parameters. Expected to select '
-                f'what the neck reads: out_indices={tuple(read)} here and, in '
-                f'the neck, in_channels={channels} and start_level=0'
+                'gradient and DistributedDataParallel stops at the next step. '
+                'Expected to select what the neck reads: '
+                f'out_indices={tuple(read)} here and, in the neck, '
+                f'in_channels={channels} and start_level=0'
             )
 
         for i, out in zip(self.out_indices, outs):

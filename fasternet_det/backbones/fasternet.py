@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import fasternet_from_timm, load_exactly
 from .base import Backbone
-from .recompute import lean_mlp, recomputed
+from .recompute import is_traced, lean_mlp, recomputed
 
 
 class PartialConv(nn.Module):
@@ -45,7 +45,7 @@ class PartialConv(nn.Module):
             Tensor: A new map of shape (N, C, H, W); ``x`` keeps its values.
         """
         x1, x2 = x.split((self.dim_conv3, self.dim_untouched), dim=1)
-        if torch.is_grad_enabled():
+        if not is_traced(x) and x.requires_grad:
             x1 = x1.clone()  # a view would keep all of x for the backward pass
         return torch.cat((self.partial_conv3(x1), x2), dim=1)
 
