@@ -1,28 +1,32 @@
 """The fast form of a backbone, or of a detector."""
 
 from functools import partial
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from mmcv.cnn import ConvModule, Scale
 from mmcv.cnn.bricks.wrappers import Conv2d, ConvTranspose2d
 from mmcv.ops import RoIAlign
-from mmdet.models import (
-    BaseDetector,
-    CascadeRoIHead,
-    SingleStageDetector,
-    StandardRoIHead,
+from mmdet.models import BaseDetector, CascadeRoIHead, StandardRoIHead
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    FCOSHead,
+    FSAFHead,
+    GFLHead,
+    RetinaHead,
+    RetinaSepBNHead,
+    RPNHead,
+    RTMDetHead,
+    RTMDetSepBNHead,
+    SSDHead,
+    YOLOV3Head,
+    YOLOXHead,
 )
-from mmdet.models.dense_heads import RPNHead
-from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.necks import FPN
-from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, ConvFCBBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
-from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import (
-    BaseRoIExtractor,
-)
 from torch import Tensor
 
 from ..backbones.fasternet import FasterNetBlock
@@ -42,9 +46,95 @@ from .operators import (
 )
 from .versions import check_torch
 
-# Between a head's forward and the detections, sizes depend on values and
-# precision matters.
-HEADS = (BaseDenseHead, BBoxHead, FCNMaskHead)
+# The heads that have a fast form, and their layers that give scores and
+# deltas. These compute in float32: rounded to bfloat16, many scores are equal,
+# NMS keeps other boxes, and a width of 200.3 becomes 200. Masks are only
+# compared with a threshold.
+PREDICTORS = {
+    RPNHead: ('rpn_cls', 'rpn_reg'),
+    FastRPNHead: ('rpn_cls', 'rpn_reg'),
+    RetinaHead: ('retina_cls', 'retina_reg'),
+    RetinaSepBNHead: ('retina_cls', 'retina_reg'),
+    FSAFHead: ('retina_cls', 'retina_reg'),
+    FCOSHead: ('conv_cls', 'conv_reg', 'conv_centerness', 'scales'),
+    ATSSHead: ('atss_cls', 'atss_reg', 'atss_centerness', 'scales'),
+    GFLHead: ('gfl_cls', 'gfl_reg', 'scales'),
+    RTMDetHead: ('rtm_cls', 'rtm_reg', 'rtm_obj', 'scales'),
+    RTMDetSepBNHead: ('rtm_cls', 'rtm_reg', 'rtm_obj'),
+    YOLOXHead: (
+        'multi_level_conv_cls',
+        'multi_level_conv_reg',
+        'multi_level_conv_obj',
+    ),
+    YOLOV3Head: ('convs_pred',),
+    SSDHead: ('cls_convs', 'reg_convs'),
+    BBoxHead: ('fc_cls', 'fc_reg'),
+    ConvFCBBoxHead: ('fc_cls', 'fc_reg'),
+    FCNMaskHead: (),
+}
+# What stays as it is computes so; mmcv's ops read any memory as this.
+PLAIN = dict(dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _predictors(head: nn.Module) -> Optional[Tuple[str, ...]]:
+    """Names of the predictors of a head, if it is one that we know.
+
+    A subclass is known if it computes what its base does.
+    """
+    for base in type(head).__mro__:
+        if base in PREDICTORS and all(
+            getattr(type(head), name, None) is getattr(base, name, None)
+            for name in ('forward', 'forward_single')
+        ):
+            return PREDICTORS[base]
+    return None
+
+
+def _predicting_layers(head: nn.Module) -> List[nn.Module]:
+    """The layers of a head's predictors, the scales behind them too."""
+    return [
+        layer
+        for name in _predictors(head) or ()
+        if hasattr(head, name)  # some are optional, such as objectness
+        for layer in getattr(head, name).modules()
+        if isinstance(layer, Scale) or hasattr(layer, 'weight')
+    ]
+
+
+def _is_of_mmcv(module: nn.Module) -> bool:
+    return type(module).__module__.startswith('mmcv.ops')
+
+
+def _is_known(head: nn.Module) -> bool:
+    """Whether all of a head has a fast form."""
+    if type(head) in (StandardRoIHead, CascadeRoIHead, nn.ModuleList):
+        return all(map(_is_known, head.children()))
+    if type(head) is SingleRoIExtractor:
+        return True
+    return _predictors(head) is not None and not any(
+        map(_is_of_mmcv, head.modules())
+    )
+
+
+def _split(model: nn.Module) -> Tuple[List[nn.Module], List[nn.Module]]:
+    """Split a model into what gets a fast form and what stays as it is.
+
+    The heads of a detector read each other's outputs, so that one of which
+    nothing is known leaves all as they are.
+    """
+    if not isinstance(model, BaseDetector):
+        return [model], []
+    if not hasattr(model, 'backbone'):
+        raise ValueError(
+            f'cannot optimise a {type(model).__name__}, which holds whole '
+            'detectors: optimise the one that predicts'
+        )
+    maps = [model.backbone, *([model.neck] if model.with_neck else [])]
+    others = (*maps, model.data_preprocessor)
+    heads = [child for child in model.children() if child not in others]
+    if all(map(_is_known, heads)):
+        return maps + heads, []
+    return maps, heads
 
 
 def _is_plain(conv: nn.Module) -> bool:
@@ -96,9 +186,9 @@ def _fuse(module: nn.Module, known: Dict[nn.Module, nn.Module]) -> None:
             setattr(module, name, known[child])
 
 
-def _fuse_bottlenecks(model: nn.Module) -> None:
+def _fuse_bottlenecks(part: nn.Module) -> None:
     """Let folded Bottlenecks compute by our operators."""
-    for module in model.modules():
+    for module in part.modules():
         if type(module) is Bottleneck and all(
             isinstance(norm, nn.Identity)
             for norm in (module.bn1, module.bn2, module.bn3)
@@ -106,6 +196,16 @@ def _fuse_bottlenecks(model: nn.Module) -> None:
             module.__class__ = FastBottleneck
             module.conv1 = FusedConv2d(module.conv1, nn.ReLU())
             module.conv2 = FusedConv2d(module.conv2, nn.ReLU())
+
+
+def _compile(part: nn.Module) -> None:
+    """Compile necks and the forwards of heads.
+
+    Between those and the detections, sizes depend on values.
+    """
+    for module in part.modules():
+        if isinstance(module, FPN) or _predictors(module) is not None:
+            module.compile()
 
 
 def _cast(value: Any, **to: Any) -> Any:
@@ -158,7 +258,18 @@ def _fuse_pooling(extractor: SingleRoIExtractor) -> bool:
     return True
 
 
-def _check(model: nn.Module, dtype: torch.dtype) -> None:
+def _has_bfloat16() -> bool:
+    """Whether oneDNN is there and computes in bfloat16 on this CPU."""
+    # A torch built without oneDNN lacks the operator too.
+    supported = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
+    return bool(
+        torch.backends.mkldnn.is_available() and supported and supported()
+    )
+
+
+def _check(
+    model: nn.Module, fast: List[nn.Module], dtype: torch.dtype
+) -> None:
     """Refuse what cannot be computed in a dtype."""
     device = next(model.parameters()).device.type
     dtypes = [torch.float32, torch.bfloat16]
@@ -170,79 +281,51 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
             f'{", ".join(map(str, dtypes))}'
         )
     # oneDNN's kernels fail at the first image without.
-    if (
-        (device, dtype) == ('cpu', torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if (device, dtype) == ('cpu', torch.bfloat16) and not _has_bfloat16():
         raise ValueError(
             'cannot compute in torch.bfloat16 on this CPU: it needs '
-            'avx512_bf16 or amx_bf16, see `lscpu`; use torch.float32'
+            'avx512_bf16 or amx_bf16, see `lscpu`, and a torch with oneDNN; '
+            'use torch.float32'
         )
+    inside = {module for part in fast for module in part.modules()}
     for name, module in model.named_modules():
+        if module not in inside:
+            continue
         # Folding leaves no other SAConv.
         if isinstance(module, SAConv) and dtype != torch.float32:
             raise ValueError(
                 f'cannot compute {name} in {dtype}: its SAConv is deformable, '
                 "and mmcv's op computes in torch.float32"
             )
-        of_mmcv = type(module).__module__.startswith('mmcv.ops')
-        if of_mmcv and '.roi_layers.' not in name:
+        if _is_of_mmcv(module) and '.roi_layers.' not in name:
             raise ValueError(
                 f'cannot optimise {name}: the {type(module).__name__} of mmcv '
                 'takes maps in channels_last for (N, C, H, W); use fold()'
             )
-    roi_head = getattr(model, 'roi_head', None)
-    if dtype != torch.float32 and not (
-        not isinstance(model, BaseDetector)
-        or isinstance(model, SingleStageDetector)
-        or type(roi_head) in (StandardRoIHead, CascadeRoIHead)
-    ):
-        raise ValueError(
-            f'cannot compute a {type(model).__name__} with the RoI head '
-            f'{type(roi_head).__name__} in {dtype}: where it decodes boxes '
-            'is not known, so it stays in torch.float32'
-        )
 
 
-def _predictors(head: nn.Module) -> Iterator[nn.Module]:
-    """The layers that give scores and deltas, by mmdet's names for them.
-
-    Rounded to bfloat16, many scores are equal, and NMS keeps other boxes.
-    """
-    for name, child in head.named_children():
-        predicts = name.endswith(('_cls', '_reg', '_centerness', '_obj'))
-        for layer in child.modules():
-            if (
-                isinstance(layer, Scale)
-                or predicts
-                and hasattr(layer, 'weight')
-            ):
-                yield layer
-
-
-def _set_precision(model: nn.Module, to: Dict[str, Any]) -> None:
+def _set_precision(
+    part: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     """Compute in a dtype and memory format, but for boxes and pooling."""
-    backbone = model
-    if isinstance(model, BaseDetector):
-        backbone = model.backbone
-        for name, child in model.named_children():
-            if name != 'data_preprocessor':
-                child.to(**to)
-    else:
-        model.to(**to)
-    _cast_before(backbone, **to)
+    to = dict(dtype=dtype, memory_format=memory_format)
     boxes = dict(dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, HEADS):
+    predicting = [
+        layer for head in part.modules() for layer in _predicting_layers(head)
+    ]
+    part.to(memory_format=memory_format)
+    # There and back again, they would be rounded.
+    unrounded = [(p, p.data) for m in predicting for p in m.parameters()]
+    part.to(dtype)
+    for parameter, data in unrounded:
+        parameter.data = data.float()
+    for layer in predicting:
+        _cast_before(layer, **boxes)
+    for module in part.modules():
+        if _predictors(module) is not None:
             module.register_forward_hook(partial(_cast_output, **boxes))
-            for layer in _predictors(module):
-                layer.to(torch.float32)
-                _cast_before(layer, **boxes)
-        if isinstance(module, BaseRoIExtractor) and not _fuse_pooling(module):
-            # mmcv's RoIAlign reads any memory as (N, C, H, W).
-            plain = boxes | dict(memory_format=torch.contiguous_format)
-            _cast_before(module, **plain)
+        if type(module) is SingleRoIExtractor and not _fuse_pooling(module):
+            _cast_before(module, **PLAIN)
             module.register_forward_hook(partial(_cast_output, **to))
 
 
@@ -285,15 +368,23 @@ def optimize(
     """
     check_torch('optimize')
     model = fold(model)
-    _check(model, dtype)
+    fast, plain = _split(model)
+    _check(model, fast, dtype)
+    fused: Dict[nn.Module, Optional[nn.Module]] = {}
     if compile:
-        backbone = getattr(model, 'backbone', model)
-        for module in model.modules():
-            if module is backbone or isinstance(module, (FPN, *HEADS)):
-                module.compile()
-    else:
-        _fuse_rpn(getattr(model, 'rpn_head', None))
-        _fuse_bottlenecks(model)
-        _fuse(model, {})
-    _set_precision(model, dict(dtype=dtype, memory_format=memory_format))
+        fast[0].compile()  # the backbone
+    for part in fast:
+        if compile:
+            _compile(part)
+        else:
+            _fuse_rpn(part)
+            _fuse_bottlenecks(part)
+            _fuse(part, fused)
+    for part in fast:
+        _set_precision(part, dtype, memory_format)
+    _cast_before(fast[0], dtype=dtype, memory_format=memory_format)
+    if plain:
+        fast[-1].register_forward_hook(partial(_cast_output, **PLAIN))
+    for part in plain:
+        part.to(**PLAIN)
     return model.requires_grad_(False)

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -326,25 +327,63 @@ def test_other_dtypes(dtype):
         optimize(FasterNet('t0').eval(), dtype)
 
 
-def test_low_precision_of_unknown_heads():
+def test_one_unknown_head_leaves_all_as_they_are():
     model = build('mini/mask-rcnn_fasternet-t0_fpn_nuclei.py').eval()
 
     class OtherRoIHead(type(model.roi_head)):
         pass
 
     model.roi_head.__class__ = OtherRoIHead
-    optimize(model)
-    with pytest.raises(ValueError, match='RoI head OtherRoIHead in .*bfloat'):
-        optimize(model, torch.bfloat16)
+    fast = optimize(model, torch.bfloat16)
+    for part, dtype in (
+        (fast.backbone, torch.bfloat16),
+        (fast.neck, torch.bfloat16),
+        (fast.rpn_head, torch.float32),
+        (fast.roi_head, torch.float32),
+    ):
+        assert {p.dtype for p in part.parameters()} == {dtype}
+        fused = any(isinstance(m, FusedConv2d) for m in part.modules())
+        assert fused == (dtype == torch.bfloat16)
+    maps = fast.extract_feat(image(1, 3, 64, 64))
+    for x in maps:
+        assert x.dtype == torch.float32 and x.is_contiguous()
+
+
+def deformable():
+    return ModulatedDeformConv2dPack(96, 96, 3, padding=1)
 
 
 def test_deformable_convolutions_are_refused():
     """mmcv's would take channels_last maps for (N, C, H, W), silently."""
     model = build('mini/retinanet_fasternet-t0_fpn_nuclei.py').eval()
-    model.bbox_head.cls_convs[0].conv = ModulatedDeformConv2dPack(96, 96, 3)
-    model.bbox_head.cls_convs[0]._modules['bn'] = nn.Identity()
+    model.neck.fpn_convs[0].conv = deformable()
+    model.neck.fpn_convs[0]._modules['bn'] = nn.Identity()
     with pytest.raises(ValueError, match='ModulatedDeformConv2dPack of mmcv'):
         optimize(model)
+
+
+@torch.no_grad()
+def test_deformable_heads_stay_as_they_are(randomise):
+    model = build('mini/retinanet_fasternet-t0_fpn_nuclei.py').eval()
+    model.bbox_head.cls_convs[0].conv = deformable()
+    model.bbox_head.cls_convs[0]._modules['bn'] = nn.Identity()
+    randomise(model)
+    fast = optimize(model)
+    x = image(1, 3, 128, 96)
+    outs = (m.bbox_head(m.extract_feat(x)) for m in (fast, model))
+    for a, b in zip(*outs, strict=True):
+        close(a, b, 1e-3)  # offsets amplify rounding
+
+
+def test_detectors_that_hold_detectors():
+    model = build('mini/retinanet_fasternet-t0_fpn_nuclei.py').eval()
+    outer = MODELS.get('SemiBaseDetector').__new__(
+        MODELS.get('SemiBaseDetector')
+    )
+    nn.Module.__init__(outer)
+    outer.student = model
+    with pytest.raises(ValueError, match='optimise the one that predicts'):
+        optimize(outer.eval())
 
 
 def test_twice():
@@ -386,10 +425,41 @@ def test_scaled_regions(levels):
     assert torch.equal(out, plain) == (levels == 1)
 
 
-def test_bfloat16_needs_a_processor_that_has_it(monkeypatch):
-    monkeypatch.setattr(
-        torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False
-    )
+class Without:
+    """torch.ops.mkldnn of a build that lacks the operator."""
+
+
+@pytest.mark.parametrize(
+    'target, name, value',
+    [
+        (torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False),
+        (torch.backends.mkldnn, 'is_available', lambda: False),
+        (torch.ops, 'mkldnn', Without()),
+    ],
+)
+def test_bfloat16_needs_a_processor_that_has_it(
+    target, name, value, monkeypatch
+):
+    monkeypatch.setattr(target, name, value)
     with pytest.raises(ValueError, match='avx512_bf16 or amx_bf16'):
         optimize(FasterNet('t0').eval(), torch.bfloat16)
+    monkeypatch.undo()
     optimize(FasterNet('t0').eval())
+
+
+def test_predictors_keep_their_weights():
+    """Cast to bfloat16 and back again, they would be rounded."""
+    model = build('mini/retinanet_fasternet-t0_fpn_nuclei.py').eval()
+    fast = optimize(model, torch.bfloat16)
+    for name in ('retina_cls', 'retina_reg'):
+        a, b = (getattr(m.bbox_head, name).weight for m in (fast, model))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('version', ['2.1.2', '2.5.1+cpu'])
+def test_old_torch_is_refused(version, monkeypatch):
+    monkeypatch.setattr(torch, '__version__', version)
+    found = version.split('+')[0]
+    said = f'optimize needs torch 2.6 or later, found {found}; fold'
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        optimize(FasterNet('t0').eval())
