@@ -16,23 +16,32 @@ from mmengine.utils import digit_version, get_installed_path
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fasternet_det
+from fasternet_det.deploy.versions import MINIMUM_TORCH
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / 'tests' / 'data'
-DEPLOY_TORCH = '2.6'  # the oldest that the fast form and exports run on
+IS_OLD = digit_version(torch.__version__) < digit_version(MINIMUM_TORCH)
+collect_ignore = [
+    f'test_deploy/test_{name}.py'
+    for name in ('batches', 'export', 'hook', 'optimize', 'precision')
+] + ['test_tools/test_benchmark.py', 'test_tools/test_export_tool.py']
+if not IS_OLD:
+    collect_ignore = []
+
+
+def pytest_report_header(config):
+    return [f'not run on this torch: {path}' for path in collect_ignore]
 
 
 def pytest_configure(config):
     config.addinivalue_line(
-        'markers', f'deploy: needs torch {DEPLOY_TORCH} or later'
+        'markers', f'deploy: needs torch {MINIMUM_TORCH} or later'
     )
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker('deploy') and (
-        digit_version(torch.__version__) < digit_version(DEPLOY_TORCH)
-    ):
-        pytest.skip(f'deploy needs torch {DEPLOY_TORCH}')
+    if item.get_closest_marker('deploy') and IS_OLD:
+        pytest.skip(f'deploy needs torch {MINIMUM_TORCH}')
 
 
 @pytest.fixture(scope='session')

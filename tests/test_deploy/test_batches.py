@@ -12,7 +12,6 @@ from mmengine.registry import init_default_scope
 
 from fasternet_det.deploy import optimize
 
-pytestmark = pytest.mark.deploy
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'mini'
 SIDES = ((128, 96), (70, 128), (128, 128), (33, 40))
 # Above all scores of the last image, and below some of each other one.
