@@ -208,8 +208,9 @@ class Backbone(BaseModule):
             ]
             MMLogger.get_current_instance().warning(
                 f'The loss reads no output {sorted(unread)} of '
-                f'{type(self).__name__}, so that {", ".join(waiting)} get no '
-                'gradient and DistributedDataParallel stops at the next step. '
+                f'{type(self).__name__}, so that {", ".join(waiting[:3])} '
+                f'({len(waiting)} parameters in all) get no gradient and '
+                'DistributedDataParallel stops at the next step. '
                 'Expected to select what the neck reads: '
                 f'out_indices={tuple(read)} here and, in the neck, '
                 f'in_channels={channels} and start_level=0'

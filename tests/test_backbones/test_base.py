@@ -220,11 +220,10 @@ def test_jit_trace(build, with_cp, randomise):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.deploy
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_export(build, training, with_cp, randomise):
-    if not hasattr(torch.compiler, 'is_compiling'):
-        pytest.skip('export is supported from torch 2.6 on')
     model = randomise(build(with_cp=with_cp)).train(training)
     x = image(2, 3, 64, 64)
     program = torch.export.export(copy.deepcopy(model), (x,))

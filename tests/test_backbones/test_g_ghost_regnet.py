@@ -330,9 +330,6 @@ def test_copies_are_equal(randomise):
             assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.export, 'Dim'), reason='export needs torch 2.6 or later'
-)
 @pytest.mark.deploy
 def test_exports(randomise):
     """No Python function in the way, at any batch and image size."""

@@ -368,9 +368,7 @@ def test_aws_of_one_value():
         ConvAWS2d(8, 8, 1, groups=8)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.export, 'Dim'), reason='export needs torch 2.6 or later'
-)
+@pytest.mark.deploy
 def test_exports(sized):
     conv = sized(SAConv(6, 8, 3, 2, 1)).eval()
     dims = {i: torch.export.Dim.AUTO for i in (0, 2, 3)}

@@ -197,9 +197,7 @@ def test_copies_are_equal(randomise):
         assert torch.equal(conv(x), other(x))
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.export, 'Dim'), reason='export needs torch 2.6 or later'
-)
+@pytest.mark.deploy
 def test_exports(randomise):
     conv = randomise(SPConv(8, 6, 3, 2)).eval()
     dims = {i: torch.export.Dim.AUTO for i in (0, 2, 3)}
