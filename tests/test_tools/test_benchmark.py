@@ -1,5 +1,6 @@
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ RETINANET = str(
 MASK_RCNN = str(
     ROOT / 'configs/fasternet/mask-rcnn_fasternet-t0_fpn_1x_coco.py'
 )
+RTMDET = str(ROOT / 'configs/fasternet/rtmdet_fasternet-t0_8xb32-300e_coco.py')
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +141,33 @@ def test_mask_rcnn(tmp_path):
         benchmark.compare([first, other])
 
 
+@torch.no_grad()
+def test_rtmdet_finds_something(tmp_path):
+    model = benchmark_models.build_model(RTMDET, (128, 128), 2)
+    first, optimized = (
+        benchmark_models.build_side(
+            benchmark_models.parse(RTMDET + form), model, 1, tmp_path
+        )
+        for form in (':original', ':optimize')
+    )
+    rows = benchmark.compare([first, optimized])
+    assert rows[0]['detections'] == rows[1]['detections'] == [100, 100]
+    assert rows[1]['agreement'] >= 0.95
+
+
+@torch.no_grad()
+def test_equal_emptiness_is_no_agreement(tmp_path):
+    model = benchmark_models.build_model(RTMDET, (128, 128), 1)
+    model.module.bbox_head.test_cfg.score_thr = 1
+    side = benchmark_models.build_side(
+        benchmark_models.parse(RTMDET), model, 1, tmp_path
+    )
+    assert [len(found) for found in side.found()] == [0]
+    for sides in ([side], [side, side]):
+        with pytest.raises(ValueError, match='coco.py finds nothing in an'):
+            benchmark.compare(sides)
+
+
 def test_wrong_weights_are_refused(monkeypatch):
     def broken(model):
         model = copy.deepcopy(model)
@@ -164,6 +193,8 @@ def test_agreement():
     assert benchmark.agreement(first[[1, 0]], first) == 1
     assert benchmark.agreement(first[:1], first) == 0.5
     assert benchmark.agreement(first[:0], first) == 0
+    with pytest.raises(ValueError, match='finds nothing in an image, so'):
+        benchmark.agreement(first[:0], first[:0])
     for key, value in (
         ('bboxes', boxes + torch.tensor([[0.0], [5]])),
         ('scores', torch.tensor([0.9, 0.7])),
@@ -186,14 +217,51 @@ def test_original_is_ours(randomise):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_timm_is_ours():
-    try:
-        import timm  # noqa: F401
-    except (ImportError, RuntimeError):
-        pytest.skip('no timm that works')
-    sides = ['fasternet-t0', 'timm-fasternet-t0']
-    rows = benchmark.measure(sides, (64, 64), rounds=1)['rows']
-    assert rows[1]['difference'] < 1e-5
+@pytest.mark.skipif(
+    not torch.__version__.startswith(benchmark_models.TIMM_TORCH),
+    reason=f"timm's torchvision is for torch {benchmark_models.TIMM_TORCH}x",
+)
+def test_timm_is_ours_to_the_bit(tmp_path):
+    folder = benchmark_models.TIMM
+    assert folder.is_dir(), f'{folder} is missing: run `make env`'
+    names = ['fasternet-t0', 'fasternet-s']
+    sides = [side for name in names for side in (name, f'timm-{name}')]
+    subprocess.run(  # its torchvision stays out of this process
+        [
+            *(sys.executable, 'tools/benchmark.py', 'models', *sides),
+            *('--size', '64', '96', '--batch', '2', '--rounds', '1'),
+            *('--threads', '1', '--out', tmp_path),
+        ],
+        cwd=ROOT,
+        check=True,
+    )
+    result = json.loads((tmp_path / 'models.json').read_text())
+    rows = result['rows']
+    assert [row['label'] for row in rows] == sides
+    assert [row['difference'] for row in rows] == [None, 0, None, 0]
+    assert [row['params'] for row in rows[::2]] == [
+        sum(p.numel() for p in FasterNet(arch).parameters())
+        for arch in ('t0', 's')
+    ]
+    assert result['machine']['versions']['timm'] >= '1.0.16'
+    assert 'timm' not in sys.modules
+
+
+@pytest.mark.parametrize('missing', ['folder', 'torch'])
+def test_timm_is_left_out(missing, monkeypatch, capsys, tmp_path):
+    if missing == 'folder':
+        monkeypatch.setattr(benchmark_models, 'TIMM_TORCH', torch.__version__)
+        monkeypatch.setattr(benchmark_models, 'TIMM', tmp_path / 'timm')
+        reason = f'{tmp_path / "timm"} is missing: `make env` installs timm'
+    else:
+        monkeypatch.setattr(benchmark_models, 'TIMM_TORCH', '1.13.')
+        reason = "timm's torchvision is for torch 1.13.x, this is"
+    sides = ['timm-fasternet-t0', 'fasternet-t0']
+    rows = benchmark.measure(sides, (64, 64), rounds=1, profiled=False)['rows']
+    assert [row['side'] for row in rows] == ['fasternet-t0']
+    assert f'Without the sides of timm: {reason}' in capsys.readouterr().err
+    with pytest.raises(ValueError, match=reason):
+        benchmark.measure(sides[:1], (64, 64), rounds=1)
 
 
 def test_turns_alternate():
@@ -324,6 +392,77 @@ def test_goals():
     text = benchmark.to_markdown(result)
     assert text.count('| yes |') == 6 and text.count('| no |') == 4
     assert '| `conv` | 1x2 | 1 | 1000.0 | 100% |' in text
+
+
+def test_goals_command(monkeypatch, tmp_path):
+    """The whole command, on detectors of the right names but small."""
+    monkeypatch.setattr(benchmark, 'CONFIGS', tmp_path)
+    monkeypatch.setattr(benchmark, 'find_spec', lambda name: None)
+    # Profiles, most of the time, and OpenVINO have tests above.
+    top = [dict(name='a', shapes=[[1, 2]], calls=1, seconds=1.0, share=1.0)]
+    monkeypatch.setattr(benchmark, 'top_operators', lambda run: top)
+    mini = ROOT / 'configs' / 'mini'
+    for kind, arch in (
+        ('mask-rcnn', 's'),
+        ('mask-rcnn', 't0'),
+        ('retinanet', 's'),
+    ):
+        small = str(mini / f'{kind}_fasternet-t0_fpn_nuclei.py')
+        path = tmp_path / f'{kind}_fasternet-{arch}_fpn_1x_coco.py'
+        path.write_text(f'_base_ = [{small!r}]\n')
+    command = ['--shrink', 99, '--rounds', 1, '--threads', 1]
+    run(monkeypatch, 'goals', *command, '--out', tmp_path / 'out')
+    result = json.loads((tmp_path / 'out' / 'goals.json').read_text())
+    runs = result['runs']
+    assert {name: run['size'] for name, run in runs.items()} == {
+        name: [64, 64]
+        for name in (
+            *('backbone-s', 'backbone-t0', 'mask-rcnn-s', 'mask-rcnn-t0'),
+            'training',
+        )
+    }
+    _, float32, bfloat16 = runs['backbone-s']['rows']
+    assert float32['difference'] < 1e-5 < bfloat16['difference'] < 0.1
+    for arch in ('s', 't0'):
+        rows = runs[f'mask-rcnn-{arch}']['rows']
+        assert rows[0]['detections'] == rows[1]['detections']
+        assert 20 <= rows[0]['detections'][0] <= 100
+        assert rows[1]['agreement'] >= 0.95
+    original, *ours = runs['training']['rows']
+    for row in ours:
+        assert row['loss'] == pytest.approx(original['loss'], rel=1e-5)
+    # What the table says is what was measured.
+    training = 'training step of RetinaNet S, 2 images 64x64'
+    expected = {
+        'backbone S, 64x64, float32': (float32, 1.5),
+        'backbone S, 64x64, bf16': (bfloat16, 7),
+        'backbone T0, 64x64, float32, 1 thread': (
+            runs['backbone-t0']['rows'][1],
+            1.3,
+        ),
+        'Mask R-CNN S, whole, 64x64, bf16': (
+            runs['mask-rcnn-s']['rows'][2],
+            4,
+        ),
+        'Mask R-CNN T0, whole, 64x64, bf16': (
+            runs['mask-rcnn-t0']['rows'][2],
+            4,
+        ),
+        f'{training}: time': (ours[0], 1),
+    }
+    goals = {row['goal']: row for row in result['rows']}
+    assert len(goals) == 10
+    for goal, (row, least) in expected.items():
+        median = row['ratio'][1]
+        assert goals[goal]['target'] == f'>= {least}x'
+        assert goals[goal]['value'].startswith(f'{median:.2f}x (')
+        assert goals[goal]['reached'] == (median >= least)
+    for row, most in zip(ours, (0.85, 0.6)):
+        goal = goals[f'{training}: peak memory, {row["side"]}']
+        assert goal['value'].startswith(f'{row["memory_ratio"]:.2f}x (')
+        assert goal['reached'] == (row['memory_ratio'] <= most)
+    text = (tmp_path / 'out' / 'goals.md').read_text()
+    assert all(f'| {goal} |' in text for goal in goals)
 
 
 @pytest.mark.parametrize(
