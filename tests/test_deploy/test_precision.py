@@ -33,14 +33,15 @@ PREDICTOR = re.compile(
     r'(_cls|_reg|_centerness|_obj|(conv_cls|conv_reg|conv_obj|_pred)\.\d'
     r'|rtm_(cls|reg)\.\d|(cls|reg)_convs\.\d\.0|_head\.2)$'
 )
-ALL, THREE, TWO, LAST = (0, 2, 4, 6), (2, 4, 6), (2, 4), (6,)
+ALL, THREE, TWO, FIRST, LAST = (0, 2, 4, 6), (2, 4, 6), (2, 4), (0,), (6,)
 WIDTHS = {0: 40, 2: 80, 4: 160, 6: 320}
 FASTER, RETINA = (
     f'{BASES}/faster-rcnn_r50_fpn.py',
     f'{BASES}/retinanet_r50_fpn.py',
 )
+CENTERNET = 'centernet/centernet_r18_8xb16-crop512-140e_coco.py'
 SSD_WIDTHS = [80, 160, 512, 256, 256, 256]
-RTMDET = dict(
+RTMDET_HEAD = dict(
     _delete_=True,
     type='RTMDetHead',
     num_classes=8,
@@ -54,12 +55,10 @@ RTMDET = dict(
     loss_bbox=dict(type='GIoULoss'),
     with_objectness=False,
 )
+RTMDET = dict(bbox_head=RTMDET_HEAD)
 SSD = dict(
     neck=dict(in_channels=SSD_WIDTHS[:2], out_channels=SSD_WIDTHS),
     bbox_head=dict(in_channels=SSD_WIDTHS),
-)
-CENTERNET = dict(
-    neck=dict(_delete_=True, type='FPN', out_channels=64, num_outs=1)
 )
 SEPBN = dict(bbox_head=dict(type='RetinaSepBNHead', num_ins=5))
 # Name, config, outputs of the backbone, changes.
@@ -72,7 +71,7 @@ KNOWN = [
     ('atss', 'atss/atss_r50_fpn_1x_coco.py', ALL, {}),
     ('paa', 'paa/paa_r50_fpn_1x_coco.py', ALL, {}),
     ('gfl', 'gfl/gfl_r50_fpn_1x_coco.py', ALL, {}),
-    ('rtmdet', 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py', THREE, dict(bbox_head=RTMDET)),
+    ('rtmdet', 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py', THREE, RTMDET),
     ('rtmdet-sepbn', 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py', THREE, {}),
     ('yolox', 'yolox/yolox_tiny_8xb8-300e_coco.py', THREE, {}),
     ('yolov3', 'yolo/yolov3_mobilenetv2_8xb24-ms-416-300e_coco.py', THREE, {}),
@@ -81,7 +80,7 @@ KNOWN = [
     ('cascade', f'{BASES}/cascade-mask-rcnn_r50_fpn.py', ALL, {}),
 ]  # fmt: skip
 UNKNOWN = [
-    ('centernet', 'centernet/centernet_r18_8xb16-crop512-140e_coco.py', (0,), CENTERNET),
+    ('centernet', CENTERNET, FIRST, {}),
     ('groie', 'groie/faste-rcnn_r50_fpn_groie_1x_coco.py', ALL, {}),
     ('vfnet', 'vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco.py', ALL, {}),
     ('detr', 'detr/detr_r50_8xb2-150e_coco.py', LAST, {}),
@@ -110,6 +109,8 @@ def build(name, path, outputs, changes):
     widths = [WIDTHS[i] for i in outputs]
     if name == 'yolov3':
         widths.reverse()
+    if name == 'centernet':  # its own neck's deconvolutions cannot be folded
+        model.neck = dict(type='FPN', out_channels=64, num_outs=1)
     if name == 'maskformer':
         model.panoptic_head.in_channels = widths
         model.panoptic_head.pixel_decoder.encoder.num_layers = 1
@@ -123,11 +124,15 @@ def build(name, path, outputs, changes):
         if PREDICTOR.search(layer_name) and hasattr(layer, 'weight'):
             layer.weight.data.zero_()
             layer.bias.data.uniform_(0.1, 0.9)
+    if name == 'ssd':  # which its predict asks for, but lacks
+        model.bbox_head.loss_cls = None
+    if name == 'centernet':
+        model.bbox_head.wh_head[-1].bias.data.fill_(200.3 / 4)
     return model
 
 
 @torch.no_grad()
-def predict(model, size=256):
+def predict(model, size=288):
     meta = dict(
         img_shape=(size, size),
         ori_shape=(size, size),
@@ -169,7 +174,10 @@ def test_unknown_heads_stay_as_they_are(case, dtype):
     assert len(instances) > 0
     for key in ('scores', 'labels', 'bboxes'):
         torch.testing.assert_close(
-            instances[key], expected.pred_instances[key]
+            instances[key],
+            expected.pred_instances[key],
+            rtol=1e-2,
+            atol=1e-3,
         )
     if 'masks' in instances:  # rounding moves edges
         same = instances.masks == expected.pred_instances.masks
