@@ -133,8 +133,8 @@ def lacks_timm() -> Optional[str]:
 def import_timm() -> Tuple[Any, torch.library.Library]:
     """Import timm, after mmdet.
 
-    timm's models use no operator of torchvision, whose import needs no more
-    of them than the declarations: so any build of torch will do.
+    timm's models use no operator of torchvision. PyPI's is for CUDA, whose
+    operators do not load beside torch for CPUs: declared, it imports there.
 
     Returns:
         tuple: The module, and the declarations, to be kept alive.
