@@ -94,7 +94,7 @@ def adapt(config):
         if key in ('score_thr', 'conf_thr'):
             config[key] = 0.001
         elif key == 'max_per_img':
-            config[key] = 100
+            config[key] = 20
         elif isinstance(value, dict):
             adapt(value)
 
@@ -156,7 +156,9 @@ def test_boxes_are_computed_in_float32(case):
     assert len(found) == len(expected) > 0
     assert found.bboxes.dtype == found.scores.dtype == torch.float32
     torch.testing.assert_close(found.scores, expected.scores)
-    assert (found.bboxes - expected.bboxes).abs().max() < 1e-3
+    # In any order: boxes at different places have the same scores.
+    apart = torch.cdist(found.bboxes, expected.bboxes, p=torch.inf)
+    assert apart.min(1).values.max() < 1e-3
     sides = found.bboxes[:, 2:] - found.bboxes[:, :2]
     assert (sides.bfloat16().float() - sides).abs().max() > 5e-3
 
