@@ -56,8 +56,7 @@ def test_test_scores_as_train_did(trained, history, project, config):
         assert tested[key] == history[-1][key]
 
 
-@pytest.mark.deploy
-@pytest.mark.parametrize(
+in_each_dtype = pytest.mark.parametrize(
     'dtype, tolerance',
     [
         ('float32', 0.001),
@@ -70,6 +69,10 @@ def test_test_scores_as_train_did(trained, history, project, config):
         ),
     ],
 )
+
+
+@pytest.mark.deploy
+@in_each_dtype
 def test_test_of_the_fast_form(
     dtype, tolerance, trained, history, project, config
 ):
@@ -81,6 +84,67 @@ def test_test_of_the_fast_form(
     tested = score(project, fast, trained / 'iter_60.pth', f'tested_{dtype}')
     for key in APS:
         assert abs(tested[key] - history[-1][key]) <= tolerance
+
+
+TTA = """
+tta_model = dict(
+    type='DetTTAModel',
+    tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+)
+_load, _resize, *_ = _base_.test_pipeline
+tta_pipeline = [
+    _load,
+    _resize,
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)],
+            [dict(type='LoadAnnotations', with_bbox=True)],
+            [
+                dict(
+                    type='PackDetInputs',
+                    meta_keys=(
+                        *('img_id', 'img_path', 'ori_shape', 'img_shape'),
+                        *('scale_factor', 'flip', 'flip_direction'),
+                    ),
+                )
+            ],
+        ],
+    ),
+]
+"""
+
+
+@pytest.fixture(scope='session')
+def augmented(trained, project, config):
+    """Config, and what test.py --tta reports without the hook."""
+    path = project.folder / 'tta.py'
+    path.write_text(f'_base_ = {str(config)!r}\n{TTA}')
+    checkpoint = trained / 'iter_60.pth'
+    return path, score(project, path, checkpoint, 'tested_tta', '--tta')
+
+
+@pytest.mark.deploy
+@in_each_dtype
+def test_augmented_test_of_the_fast_form(
+    dtype, tolerance, augmented, history, trained, project
+):
+    """``--tta`` calls the detector by keyword, through a wrapper."""
+    path, expected = augmented
+    assert expected != {key: history[-1][key] for key in expected}
+    fast = project.folder / f'tta_{dtype}.py'
+    fast.write_text(
+        f'_base_ = {str(path)!r}\n'
+        "custom_imports = dict(imports=['fasternet_det.deploy'])\n"
+        f'custom_hooks = [dict(type="OptimizeHook", dtype={dtype!r})]\n'
+    )
+    tested = score(
+        *(project, fast, trained / 'iter_60.pth', f'tested_tta_{dtype}'),
+        '--tta',
+    )
+    for key in APS:
+        assert expected[key] > 0.1
+        assert abs(tested[key] - expected[key]) <= tolerance
 
 
 def test_resume(trained, project, config):
