@@ -128,6 +128,11 @@ def make():
     install('--no-build-isolation', '-e', f'.[{extras}]')
     # By its own requirements, openmim would bring setuptools 60.
     install('--no-deps', 'openmim')
+    if not TORCH:
+        # A test compares with timm, which wants the torchvision of just this
+        # torch. In a folder of its own: mmengine changes where it finds one.
+        target = ('--upgrade', '--target', VENV / 'timm')
+        install('--no-deps', *target, 'timm', 'torchvision')
     say('Proving it: a Mask R-CNN with FasterNet-T0')
     run('-c', DETECTOR_BUILDS)
     (VENV / READY).write_text(json.dumps(wanted()))

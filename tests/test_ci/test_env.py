@@ -79,7 +79,7 @@ def make(env, monkeypatch, fail=None):
 
 def test_second_call_does_nothing(env, monkeypatch):
     assert not env.is_ready()
-    assert len(make(env, monkeypatch)) == 5
+    assert len(make(env, monkeypatch)) == 6
     assert env.is_ready()
 
 
