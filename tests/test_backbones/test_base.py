@@ -68,6 +68,18 @@ def test_second_initialisation_keeps_what_was_trained(
             assert torch.equal(value, trained[name]), name
 
 
+def test_average_on_request(build, weights, tmp_path):
+    average = {k: v + 1 for k, v in weights.items()}
+    both = dict(state_dict=weights, state_dict_ema=average)
+    torch.save(both, tmp_path / 'a.pth')
+    for ema, want in ((False, weights), (True, average)):
+        model = build(init_cfg=pretrained(tmp_path / 'a.pth', ema=ema))
+        model.init_weights()
+        for name, value in model.state_dict().items():
+            if name in want:
+                assert torch.equal(value, want[name]), name
+
+
 @pytest.mark.parametrize('in_channels', [1, 2, 4])
 def test_adapted_stem(build, in_channels, weights, tmp_path, monkeypatch):
     """Outputs are those of the RGB model's own stem, fed by hand."""
@@ -141,6 +153,13 @@ def test_frozen_norms_without_weights(
         if name.endswith('bias'):
             value.fill_(0.5)
     train_forward(folded)
+    centred = build(**kwargs)
+    for name, value in centred.state_dict().items():
+        if name.endswith('running_var'):
+            value.fill_(2)
+    train_forward(centred)
+    with torch.device('meta'):  # without values, nothing can be said
+        build(**kwargs).train()(torch.empty(2, 3, 64, 64))
     train_forward(build(norm_eval=False))  # nothing is frozen
     train_forward(build(**kwargs, norm_cfg=dict(type='GN', num_groups=1)))
     assert not log

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fasternet_det import FasterNet, GGhostRegNet
-from fasternet_det.backbones.fasternet import FasterNetBlock
+from fasternet_det.backbones.fasternet import FasterNetBlock, PartialConv
 from fasternet_det.backbones.recompute import ACTIVATIONS, lean_mlp
 
 RELU = dict(type='ReLU', inplace=True)
@@ -153,6 +153,13 @@ def test_activations(act_cfg, norm_eval, layout, randomise):
     )
     x = image(4, 3, 64, 64).contiguous(memory_format=formats[layout])
     same_twins(model, lambda m, x: loss(m, x).backward(), x)
+
+
+def test_norms_without_running_statistics(randomise):
+    """Even in eval mode, they take those of the batch."""
+    norm_cfg = dict(type='BN', track_running_stats=False)
+    model = randomise(FasterNet(TINY, norm_cfg=norm_cfg)).eval()
+    same_twins(model, lambda m, x: loss(m, x).backward())
 
 
 @pytest.mark.parametrize('before', [True, False])
@@ -330,13 +337,25 @@ def test_inside_other_checkpoints(saving, use_reentrant):
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
-def test_saved_on_the_cpu(saving):
+def test_others_save_tensors(saving):
+    """Such as ``save_on_cpu``, which then gets all that there is."""
+    counts = []
+
     def use(model, x):
-        with torch.autograd.graph.save_on_cpu():
+        counts.append(0)
+
+        def pack(tensor):
+            counts[-1] += 1
+            return tensor.detach().clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             value = loss(model, x)
         value.backward()
 
     same_twins(saving, use)
+    is_checkpoint = any(getattr(m, 'with_cp', False) for m in saving.modules())
+    if hasattr(torch._C._autograd, '_top_saved_tensors_default_hooks'):
+        assert counts[0] == counts[1] or is_checkpoint
 
 
 def test_torch_func(saving):
@@ -440,6 +459,25 @@ def test_memory_of_fasternet(arch, most, randomise):
 def test_memory_of_ghosts(randomise):
     model = randomise(GGhostRegNet('002', with_cp=True))
     assert kept(model) < 0.6 * kept(plain(model))
+
+
+def test_what_is_recomputed_is_not_kept(randomise):
+    model = randomise(FasterNet(TINY, act_cfg=dict(type='GELU'))).train()
+    with Allocations(*model.state_dict().values()) as allocations:
+        value = loss(model, image(4, 3, 64, 64))
+        before = allocations.alive()
+        value.backward(retain_graph=True)
+        model.zero_grad()
+        assert allocations.alive() == before
+
+
+def test_partial_convolution_keeps_a_quarter():
+    conv = PartialConv(16)
+    with Allocations(*conv.parameters()) as allocations:
+        x = torch.rand(1, 16, 32, 32, requires_grad=True) * 1
+        out = conv(x)
+        del x
+        assert allocations.alive() < 2.5 * out.nbytes  # with the leaf
 
 
 def test_what_is_recomputed():
