@@ -81,8 +81,10 @@ def reader(project, site, imagenet):
 
 def run_demo(command, reader, tmp_path):
     """Shortened to 20 iterations."""
+    # else it would make .venv anew, by the Python of this environment
+    version = re.sub(r'^\.venv(-torch)?', '', Path(sys.prefix).name)
     said = sh(
-        f'{command} WORK_DIR="{tmp_path}" '
+        f'{command} TORCH={version} WORK_DIR="{tmp_path}" '
         'OPTIONS="--cfg-options train_cfg.max_iters=20 '
         'param_scheduler.1.end=20"',
         ROOT,
