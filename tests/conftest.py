@@ -1,6 +1,7 @@
 import functools
 import http.server
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fill import fill_array
+from mmengine.logging import MMLogger
 from mmengine.utils import digit_version, get_installed_path
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,6 +44,32 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker('deploy') and IS_OLD:
         pytest.skip(f'deploy needs torch {MINIMUM_TORCH}')
+
+
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch):
+    """Let ``optimize`` take bfloat16 on every CPU.
+
+    One without instructions for it computes by torch's plain operators: that
+    is slow, but rounds as much.
+    """
+    if not IS_OLD:
+        # The package's attribute of that name is the function.
+        optimize = sys.modules['fasternet_det.deploy.optimize']
+        dtypes = {torch.float32, torch.bfloat16}
+        monkeypatch.setattr(optimize, 'kernel_dtypes', lambda: dtypes)
+
+
+@pytest.fixture
+def log():
+    """What mmengine's log has said since."""
+    records = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = records.append
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield lambda: [record.getMessage() for record in records]
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope='session')

@@ -1,41 +1,32 @@
-"""Exact folding of SPConv, SAConv and ConvAWS2d, and of what holds them."""
+"""How each kind of convolution takes the affine map after it, exactly."""
 
 import copy
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from mmdet.models.backbones import ResNet, detectors_resnet, resnet
+from mmcv.cnn.bricks.wrappers import Conv2d
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones import SlotResNet
-from ..backbones.g_ghost_regnet import Bottleneck, GGhostRegNet, GhostStage
-from ..backbones.resnet import BasicBlock
 from ..layers import ConvAWS2d, SAConv, SPConv
 from ..layers.spconv import halve, mixing_weights
 
-# Owner and name of a convolution, owner and name of the norm after it.
-Pair = Tuple[nn.Module, str, nn.Module, str]
+
+def folds(norm: nn.Module) -> bool:
+    """Whether a module is a norm that is an affine map in eval mode."""
+    return isinstance(norm, _BatchNorm) and norm.running_var is not None
 
 
 def affine(norm: _BatchNorm) -> Tuple[Tensor, Tensor]:
     """Express what a norm does in eval mode.
 
     Args:
-        norm (_BatchNorm): A norm of C channels.
+        norm (_BatchNorm): A norm of C channels that :func:`folds`.
 
     Returns:
         tuple[Tensor, Tensor]: Scale and shift of shape (C,), in float64.
-
-    Raises:
-        ValueError: If it keeps no running statistics.
     """
-    if norm.running_var is None:
-        raise ValueError(
-            f'cannot fold {norm}: without running statistics, what it does '
-            'depends on the input'
-        )
     scale = 1 / (norm.running_var.double() + norm.eps).sqrt()
     shift = -norm.running_mean.double() * scale
     if norm.affine:
@@ -153,21 +144,26 @@ class FoldedSAConv(nn.Module):
         return self.small(x), self.large(x)
 
 
+def _fold_conv(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Module:
+    if conv._forward_pre_hooks:  # such as spectral_norm's, which sets weights
+        return None
+    folded = copy.deepcopy(conv)
+    weight = conv.weight.double() * scale[:, None, None, None]
+    folded.weight = nn.Parameter(weight.to(conv.weight.dtype))
+    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+    folded.bias = nn.Parameter(bias.to(conv.weight.dtype))
+    return folded
+
+
 def _fold_spconv(
-    conv: SPConv, scale: Tensor, shift: Tensor, name: str
-) -> nn.Module:
-    for norm in (conv.bn1, conv.bn2):
-        if not isinstance(norm, _BatchNorm):
-            raise ValueError(
-                f'cannot fold {name}: its SPConv has a '
-                f'{type(norm).__name__}, expected BatchNorm'
-            )
+    conv: SPConv, scale: Tensor, shift: Tensor
+) -> Optional[nn.Module]:
+    if not (folds(conv.bn1) and folds(conv.bn2)):
+        return None
     return FoldedSPConv(conv, scale, shift)
 
 
-def _fold_aws(
-    conv: ConvAWS2d, scale: Tensor, shift: Tensor, name: str
-) -> nn.Module:
+def _fold_aws(conv: ConvAWS2d, scale: Tensor, shift: Tensor) -> nn.Module:
     double = copy.deepcopy(conv).double()
     bias = 0 if conv.bias is None else double.bias
     return _plain(
@@ -179,8 +175,8 @@ def _fold_aws(
 
 
 def _fold_saconv(
-    conv: SAConv, scale: Tensor, shift: Tensor, name: str
-) -> nn.Module:
+    conv: SAConv, scale: Tensor, shift: Tensor
+) -> Optional[nn.Module]:
     folded = copy.deepcopy(conv).double()
     rows = scale[:, None, None, None]
     for value in (folded.weight_gamma, folded.weight_beta, folded.weight_diff):
@@ -190,114 +186,40 @@ def _fold_saconv(
     scaled = context * rows / scale[:, None, None]
     context.copy_(torch.where((context == 0) | (rows == 0), 0, scaled))
     if not context.to(conv.weight.dtype).isfinite().all():
-        raise ValueError(
-            f'cannot fold {name}: its norm scales channels by zero, or next '
-            'to it, that the post-context of its SAConv reads'
-        )
+        return None  # the norm scales channels by zero, or next to it
     folded.post_context.bias.mul_(scale).add_(shift)
     if conv.bias is not None:
         folded.bias.mul_(scale)
-    return folded.to(conv.weight.dtype)
+    folded = folded.to(conv.weight.dtype)
+    return folded if conv.use_deform else FoldedSAConv(folded)
 
 
-# How a layer takes the affine map after it; the layer is left as it is.
-LAYERS: Dict[type, Callable[[nn.Module, Tensor, Tensor, str], nn.Module]] = {
+# What computes a layer and the affine map after it; None if nothing does. The
+# layer is left as it is.
+LAYERS: Dict[
+    type, Callable[[nn.Module, Tensor, Tensor], Optional[nn.Module]]
+] = {
+    nn.Conv2d: _fold_conv,
+    Conv2d: _fold_conv,
     SPConv: _fold_spconv,
     SAConv: _fold_saconv,
     ConvAWS2d: _fold_aws,
 }
 
 
-def folds_alone(module: nn.Module) -> bool:
-    """Whether a layer can be folded without a norm after it."""
-    return type(module) in (SPConv, ConvAWS2d) or (
-        type(module) is SAConv and not module.use_deform
-    )
-
-
-def fold_alone(
-    module: nn.Module,
-    name: str = '',
-    known: Optional[Dict[nn.Module, nn.Module]] = None,
-) -> nn.Module:
-    """Fold what needs no norm after it.
+def fold_alone(layer: nn.Module) -> Optional[nn.Module]:
+    """Fold a layer that has no norm after it.
 
     Args:
-        module (nn.Module): The children that :func:`folds_alone` are replaced.
-        name (str): Its name, for messages.
-        known (dict, optional): What has been replaced by what: a layer that
-            is shared stays so. Defaults to None, nothing.
+        layer (nn.Module): Is left as it is.
 
     Returns:
-        nn.Module: The module, or what replaces it.
-
-    Raises:
-        ValueError: If a layer cannot be folded.
+        nn.Module: What replaces it, or None: it has nothing to fold.
     """
-    known = {} if known is None else known
-    if module not in known:
-        known[module] = module
-        if type(module) is SAConv and folds_alone(module):
-            known[module] = FoldedSAConv(module)
-        elif folds_alone(module):
-            scale = next(module.parameters()).new_ones(
-                module.out_channels, dtype=torch.float64
-            )
-            known[module] = LAYERS[type(module)](
-                module, scale, 0 * scale, name
-            )
-        else:
-            for child_name, child in list(module._modules.items()):
-                if child is not None:
-                    full_name = f'{name}.{child_name}'.lstrip('.')
-                    child = fold_alone(child, full_name, known)
-                    setattr(module, child_name, child)
-    return known[module]
-
-
-def _pairs_of_sequential(sequential: nn.Module) -> List[Pair]:
-    """Pair what stands side by side in a Sequential that runs as a whole."""
-    names = [name for name, _ in sequential.named_children()]
-    return [
-        (sequential, conv, sequential, norm)
-        for conv, norm in zip(names, names[1:])
-        if isinstance(getattr(sequential, norm), _BatchNorm)
-    ]
-
-
-def _pairs_of_mmdets_block(block: nn.Module) -> List[Pair]:
-    return [
-        (block, f'conv{i}', block, getattr(block, f'norm{i}_name'))
-        for i in (1, 2, 3)
-        if hasattr(block, f'conv{i}')
-    ] + _pairs_of_sequential(block.downsample or nn.Sequential())
-
-
-def _pairs_of_mmdets_stem(backbone: ResNet) -> List[Pair]:
-    if backbone.deep_stem:
-        return _pairs_of_sequential(backbone.stem)
-    return [(backbone, 'conv1', backbone, backbone.norm1_name)]
-
-
-def _pairs_of_bottleneck(block: Bottleneck) -> List[Pair]:
-    return [
-        (block, f'conv{i}', block, f'bn{i}') for i in (1, 2, 3)
-    ] + _pairs_of_sequential(block.downsample)
-
-
-# Joins those of fold.py.
-LAYER_PAIRS: Dict[type, Callable[[nn.Module], List[Pair]]] = {
-    GGhostRegNet: lambda m: [(m, 'conv1', m, 'bn1')],
-    Bottleneck: _pairs_of_bottleneck,
-    GhostStage: lambda m: (
-        _pairs_of_sequential(m.merge) + _pairs_of_sequential(m.cheap)
-    ),
-    ResNet: _pairs_of_mmdets_stem,
-    resnet.ResNetV1d: _pairs_of_mmdets_stem,
-    detectors_resnet.DetectoRS_ResNet: _pairs_of_mmdets_stem,
-    SlotResNet: _pairs_of_mmdets_stem,
-    resnet.Bottleneck: _pairs_of_mmdets_block,
-    resnet.BasicBlock: _pairs_of_mmdets_block,
-    detectors_resnet.Bottleneck: _pairs_of_mmdets_block,
-    BasicBlock: _pairs_of_mmdets_block,
-}
+    if type(layer) is SAConv:
+        return None if layer.use_deform else FoldedSAConv(layer)
+    if type(layer) not in (SPConv, ConvAWS2d):
+        return None
+    parameter = next(layer.parameters())
+    scale = parameter.new_ones(layer.out_channels, dtype=torch.float64)
+    return LAYERS[type(layer)](layer, scale, 0 * scale)

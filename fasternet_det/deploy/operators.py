@@ -4,13 +4,13 @@ On a CPU they call oneDNN's fused kernels, which torch's own compiler calls
 too; elsewhere, and in float64, they are the plain operators in the same order.
 """
 
-from typing import Any, Dict, Iterable, Optional, Tuple
+from functools import lru_cache
+from typing import Callable, Dict, FrozenSet, Iterable, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.ops import RoIAlign
-from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor
 
@@ -40,12 +40,38 @@ def fuses(activation: nn.Module) -> bool:
     )
 
 
+@lru_cache(maxsize=None)
+def kernel_dtypes() -> FrozenSet[torch.dtype]:
+    """In which dtypes oneDNN computes on this CPU, if at all.
+
+    Its operators are private to torch: where one is missing, all modules here
+    compute by plain operators.
+    """
+    names = (
+        *('_convolution_pointwise', '_reorder_convolution_weight'),
+        *('_convolution_pointwise_', '_linear_pointwise'),
+        *('_reorder_linear_weight', '_is_mkldnn_bf16_supported'),
+    )
+    kernels = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not all(
+        hasattr(kernels, name) for name in names
+    ):
+        return frozenset()
+    if kernels._is_mkldnn_bf16_supported():
+        return frozenset({torch.float32, torch.bfloat16})
+    return frozenset({torch.float32})
+
+
 def _has_kernel(x: Tensor) -> bool:
     """Whether oneDNN computes on such a tensor."""
-    return x.device.type == 'cpu' and (
-        torch.backends.mkldnn.is_available()
-        and x.dtype in (torch.float32, torch.bfloat16)
-    )
+    # It fails on empty batches, which RoI heads see.
+    return x.device.type == 'cpu' and x.dtype in kernel_dtypes() and len(x) > 0
+
+
+def _rows(height: int, size: int) -> int:
+    """Rows of tiles of at most TILE bytes, of a map of ``size`` bytes."""
+    tiles = max(1, min(height, -(-size // TILE)))
+    return -(-height // tiles)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -57,7 +83,8 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 class _Packed(nn.Module):
     """A weight with copies in the layouts that oneDNN wants.
 
-    The copies are made when needed and belong to no state dict or pickle.
+    The copies are made when needed, follow the weight's version, and belong to
+    no state dict or pickle.
     """
 
     def __init__(self, layer: nn.Module, activation: nn.Module) -> None:
@@ -66,30 +93,37 @@ class _Packed(nn.Module):
         self.bias = layer.bias
         self.activation = activation
         self.attribute, self.algorithm = FUSED[type(activation)]
-        self._packed: Dict[Tuple[int, ...], Tensor] = {}
+        self._source: Optional[Tensor] = None
+        self._packed: Dict[torch.Size, Tensor] = {}
 
-    def _pack(self, shape: Tuple[int, ...]) -> Tensor:
+    def _pack(self, shape: torch.Size) -> Tensor:
         raise NotImplementedError
 
     def packed(self, x: Tensor) -> Tensor:
-        """The weight in the layout for an input of this shape."""
-        weight = self._packed.get(x.shape)
-        if weight is None:
-            if len(self._packed) >= KEPT_SHAPES:
-                self._packed.pop(list(self._packed)[0], None)
-            weight = self._packed[x.shape] = self._pack(x.shape)
-        return weight
+        """The weight in the layout for an input of this shape.
 
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:  # noqa: ANN001
-        self._packed.clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._packed.clear()
-        super()._load_from_state_dict(*args)
+        One for all batch sizes: that of regions varies, and the layout hardly
+        depends on it.
+        """
+        weight = self.weight
+        version = 0 if weight.is_inference() else weight._version
+        # The source is kept alive, so that no other weight has its address.
+        if (
+            self._source is None
+            or self._source.data_ptr() != weight.data_ptr()
+            or self._version != version
+        ):
+            self._source, self._version = weight.data, version
+            self._packed = {}
+        key = x.shape[2:]
+        if key not in self._packed:
+            if len(self._packed) == KEPT_SHAPES:
+                del self._packed[next(iter(self._packed))]
+            self._packed[key] = self._pack(x.shape)
+        return self._packed[key]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | dict(_packed={})
+        return self.__dict__ | dict(_source=None, _packed={})
 
 
 class FusedConv2d(_Packed):
@@ -113,7 +147,7 @@ class FusedConv2d(_Packed):
         self.dilation = conv.dilation
         self.groups = conv.groups
 
-    def _pack(self, shape: Tuple[int, ...]) -> Tensor:
+    def _pack(self, shape: torch.Size) -> Tensor:
         return torch.ops.mkldnn._reorder_convolution_weight(
             self.weight, *self._geometry(), list(shape)
         )
@@ -121,37 +155,59 @@ class FusedConv2d(_Packed):
     def _geometry(self) -> Tuple[Tuple[int, int], ...]:
         return self.padding, self.stride, self.dilation, self.groups
 
+    def _run(
+        self, kernel: Callable, maps: tuple, x: Tensor, fused: tuple
+    ) -> Tensor:
+        """Call a kernel; its maps hold ``x``, which the convolution reads."""
+        return kernel(
+            *maps, self.packed(x), self.bias, *self._geometry(), *fused
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        if not (_has_kernel(x) and len(x)):
-            return self.activation(
-                F.conv2d(
-                    *(x, self.weight, self.bias, self.stride),
-                    *(self.padding, self.dilation, self.groups),
-                )
+        if _has_kernel(x):
+            kernel = torch.ops.mkldnn._convolution_pointwise
+            return self._run(
+                kernel, (x,), x, (self.attribute, [], self.algorithm)
             )
-        return torch.ops.mkldnn._convolution_pointwise(
-            *(x, self.packed(x), self.bias, *self._geometry()),
-            *(self.attribute, [], self.algorithm),
+        padding, stride, dilation, groups = self._geometry()
+        out = F.conv2d(
+            x, self.weight, self.bias, stride, padding, dilation, groups
         )
+        return self.activation(out)
 
     def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
         """ReLU of ``y`` plus what is computed from ``x``."""
-        if not (_has_kernel(x) and len(x)):
+        if not _has_kernel(x):
             return F.relu(y + self(x))
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            *(x, y, self.packed(x), self.bias, *self._geometry()),
-            *('add', 1, 'relu', [], None),
-        )
+        kernel = torch.ops.mkldnn._convolution_pointwise.binary
+        return self._run(kernel, (x, y), x, ('add', 1, 'relu', [], None))
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Add what is computed from ``x``, without activation, to ``y``."""
         if not _has_kernel(x):
             return y.add_(self(x))
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
-            *(y, x, self.packed(x), self.bias, *self._geometry()),
-            *('add', 1, None, [], None),
-        )
+        kernel = torch.ops.mkldnn._convolution_pointwise_.binary
+        return self._run(kernel, (y, x), x, ('add', 1, None, [], None))
+
+
+class Predictor(FusedConv2d):
+    """A convolution that gives scores or deltas, in float32.
+
+    Args:
+        conv (FusedConv2d): The convolution, in any dtype.
+    """
+
+    def __init__(self, conv: FusedConv2d) -> None:
+        super().__init__(conv, conv.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) of any dtype to (N, C_out, H', W')."""
+        rows = x.shape[2]
+        if x.dtype != torch.float32 and self.kernel_size == (1, 1):
+            rows = _rows(rows, 4 * x.numel())  # what is cast stays in cache
+        forward = super().forward
+        return torch.cat([forward(t.float()) for t in x.split(rows, 2)], 2)
 
 
 class FusedUpsample(FusedConv2d):
@@ -193,12 +249,12 @@ class FusedLinear(_Packed):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
 
-    def _pack(self, shape: Tuple[int, ...]) -> Tensor:
+    def _pack(self, shape: torch.Size) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_features) to (N, out_features)."""
-        if x.dim() != 2 or not (_has_kernel(x) and len(x)):
+        if x.dim() != 2 or not _has_kernel(x):
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(
             x, self.packed(x), self.bias, self.attribute, [], self.algorithm
@@ -248,53 +304,43 @@ class InPlaceBlock(nn.Module):
         x = maps[0]
         if x.device.type != 'cpu' or _memory_format(x) != torch.channels_last:
             return [maps]
-        row = self.expand.out_channels * x.shape[3] * x.itemsize  # bytes
         # The rows of all images lie behind each other.
-        rows = len(x) * x.shape[2]
-        tiles = max(1, min(rows, -(-rows * row // TILE)))
+        height = len(x) * x.shape[2]
+        row = self.expand.out_channels * x.shape[3] * x.itemsize
+        rows = _rows(height, height * row)
         return zip(
             *(
-                m.permute(0, 2, 3, 1)
-                .flatten(0, 1)[None]
+                m.permute(0, 2, 3, 1)  # N, H, W, C
+                .flatten(0, 1)[None]  # 1, N * H, W, C
                 .permute(0, 3, 1, 2)
-                .split(-(-rows // tiles), dim=2)
+                .split(rows, dim=2)
                 for m in maps
             )
         )
 
 
-class FastBottleneck(Bottleneck):
-    """A folded Bottleneck of FusedConv2d, the residual added by the last."""
+class FastBottleneck(nn.Module):
+    """A folded Bottleneck of G-GhostNet, the residual added by the last
+    convolution.
+
+    Args:
+        block (Bottleneck): The block, its norms folded.
+    """
+
+    def __init__(self, block: Bottleneck) -> None:
+        super().__init__()
+        self.conv1 = FusedConv2d(block.conv1, nn.ReLU())
+        self.conv2 = FusedConv2d(block.conv2, nn.ReLU())
+        self.conv3 = FusedConv2d(block.conv3)
+        self.downsample = block.downsample
+        if not isinstance(block.downsample, nn.Identity):
+            self.downsample = FusedConv2d(block.downsample[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C', H, W) to (N, C, ceil(H / stride), ceil(W / stride))."""
         return self.conv3.add_relu(
             self.conv2(self.conv1(x)), self.downsample(x)
         )
-
-
-class FastRPNHead(RPNHead):
-    """An RPNHead whose predictors read tiles of rows that stay in cache.
-
-    Under bfloat16 they cast their input to float32.
-    """
-
-    def forward_single(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Predict a level.
-
-        Args:
-            x (Tensor): Map of shape (N, C, H, W).
-
-        Returns:
-            tuple[Tensor]: Scores and deltas of the A anchors at each pixel,
-            of shape (N, A, H, W) and (N, 4A, H, W).
-        """
-        x = self.rpn_conv(x)
-        count = max(1, -(-4 * x.numel() // TILE))
-        tiles = x.split(-(-x.shape[2] // count), dim=2)
-        scores = torch.cat([self.rpn_cls(tile) for tile in tiles], dim=2)
-        deltas = torch.cat([self.rpn_reg(tile) for tile in tiles], dim=2)
-        return scores, deltas
 
 
 class FastRoIAlign(RoIAlign):
@@ -401,7 +447,26 @@ class FastRoIAlign(RoIAlign):
 
 
 class FastRoIExtractor(SingleRoIExtractor):
-    """A SingleRoIExtractor that keeps its output in channels_last."""
+    """A SingleRoIExtractor of FastRoIAlign, its output in channels_last.
+
+    Args:
+        extractor (SingleRoIExtractor): One that averages, with as many samples
+            as a bin has pixels.
+    """
+
+    def __init__(self, extractor: SingleRoIExtractor) -> None:
+        layer = extractor.roi_layers[0]
+        super().__init__(
+            roi_layer=dict(
+                type=FastRoIAlign,
+                output_size=layer.output_size,
+                sampling_ratio=0,
+                aligned=layer.aligned,
+            ),
+            out_channels=extractor.out_channels,
+            featmap_strides=extractor.featmap_strides,
+            finest_scale=extractor.finest_scale,
+        )
 
     def forward(
         self,

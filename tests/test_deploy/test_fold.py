@@ -4,9 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 from fill import fill_input
+from mmcv.cnn import ConvModule
+from mmdet.models.dense_heads.tood_head import TaskDecomposition
+from mmdet.models.necks import DilatedEncoder
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasternet_det import FasterNet
@@ -99,18 +103,63 @@ def test_output_that_the_neck_does_not_read(randomise):
     close(folded.extract_feat(x), model.extract_feat(x), 1e-12)
 
 
-def test_what_cannot_be_folded():
+def test_train_mode_is_refused():
     model = FasterNet('t0')
     with pytest.raises(ValueError, match='in train mode: call eval'):
         fold(model)
-    folded = fold(model.eval())
-    with pytest.raises(ValueError, match='folded already'):
-        fold(folded)
-    with pytest.raises(ValueError, match='backbone or layer .* got Conv2d'):
-        fold(torch.nn.Conv2d(1, 1, 1))
-    model.extra = torch.nn.BatchNorm2d(3).eval()
-    with pytest.raises(ValueError, match='accounts for the norms extra'):
+    model.eval().norm0.train()
+    with pytest.raises(ValueError, match='in train mode: call eval'):
         fold(model)
+
+
+def test_what_is_unknown_stays(randomise, log):
+    """And is named, once."""
+    model = FasterNet('t0')
+    model.stages[0].blocks[0].mlp[2] = nn.Sequential(
+        nn.BatchNorm2d(80), nn.ReLU()
+    )
+    randomise(model).eval()
+    folded = fold(model)
+    left = 'stages.0.blocks.0.mlp.2.0'
+    assert norms(folded) == [left, 'norm0', 'norm2', 'norm4', 'norm6']
+    assert log() == [
+        'fold: 1 norms stay, as nothing declares what is before them, or it '
+        f'cannot take them: {left}'
+    ]
+    x = image(1, 3, 64, 64)
+    close(folded(x), model(x), 1e-5)
+
+
+def test_twice(randomise):
+    model = randomise(FasterNet('t0')).eval()
+    once = fold(model)
+    x = image(1, 3, 64, 64)
+    close(fold(once)(x), once(x), 0)
+
+
+def test_tensors_that_training_left(randomise):
+    """mmdet's CondInst keeps some, and deepcopy refuses their graph."""
+    model = randomise(FasterNet('t0')).eval()
+    x = image(1, 3, 64, 64)
+    model.kept = dict(maps=model(x))
+    folded = fold(model)
+    close(folded.kept['maps'], model.kept['maps'], 0)
+    assert not folded.kept['maps'][0].requires_grad
+    assert model.kept['maps'][0].requires_grad
+
+
+@torch.no_grad()
+def test_weights_that_hooks_compute(randomise):
+    """spectral_norm sets the weight before each forward."""
+    module = ConvModule(
+        *(3, 8, 3), norm_cfg=dict(type='BN'), with_spectral_norm=True
+    )
+    module = randomise(module).eval()
+    x = image(1, 3, 9, 7)
+    expected = module(x)
+    folded = fold(module)
+    assert norms(folded) == ['bn']
+    close([folded(x)], [expected], 1e-6)
 
 
 @pytest.mark.parametrize('head', ['RetinaSepBNHead', 'RTMDetSepBNHead'])
@@ -132,14 +181,40 @@ def test_convolutions_that_levels_share(head, randomise):
         close(a, b, 1e-12)
 
 
-@pytest.mark.parametrize(
-    'norm_cfg, named', [(None, 'output 0'), (dict(type='BN'), 'neck.lateral')]
-)
-def test_other_convolutions_are_refused(norm_cfg, named):
+@torch.no_grad()
+@pytest.mark.parametrize('norm_cfg', [None, dict(type='BN')])
+def test_other_convolutions_stay(norm_cfg, tamed):
     """ConvWS standardises its weight, so a folded one would be wrong."""
     cfg = Config.fromfile(
         CONFIGS / 'fasternet/mask-rcnn_fasternet-t0_fpn_1x_coco.py'
     ).model
     cfg.neck.update(conv_cfg=dict(type='ConvWS'), norm_cfg=norm_cfg)
-    with pytest.raises(ValueError, match=f'{named}.* into a ConvWS2d'):
-        fold(MODELS.build(cfg).eval())
+    model = tamed(MODELS.build(cfg)).double()
+    folded = fold(model)
+    outputs = [f'backbone.norm{i}' for i in (0, 2, 4, 6)]
+    laterals = [f'neck.lateral_convs.{i}.bn' for i in range(4)]
+    outs = [f'neck.fpn_convs.{i}.bn' for i in range(4)]
+    left = outputs + (laterals + outs if norm_cfg else [])
+    assert norms(folded) == left
+    x = image(1, 3, 64, 64).double()
+    close(folded.extract_feat(x), model.extract_feat(x), 1e-12)
+
+
+@torch.no_grad()
+def test_what_reads_weights_stays(tamed):
+    """TOOD's TaskDecomposition reads its convolution's weight, not a bias."""
+    decomposition = TaskDecomposition(16, 4, 8, norm_cfg=dict(type='BN'))
+    tamed(decomposition)
+    folded = fold(decomposition)
+    assert norms(folded) == ['reduction_conv.bn']
+    x = image(2, 64, 9, 7)
+    close([folded(x)], [decomposition(x)], 0)
+
+
+@torch.no_grad()
+def test_yolofs_neck(tamed):
+    neck = tamed(DilatedEncoder(32, 16, 8, 2, [2, 4])).double()
+    folded = fold(neck)
+    assert norms(folded) == []
+    x = image(1, 32, 9, 7).double()
+    close(folded((x,)), neck((x,)), 1e-12)
