@@ -20,13 +20,7 @@ from fasternet_det.deploy import optimize
 from fasternet_det.deploy.operators import FusedConv2d
 
 init_default_scope('mmdet')
-pytestmark = [
-    pytest.mark.deploy,
-    pytest.mark.skipif(
-        '_bf16' not in Path('/proc/cpuinfo').read_text(),
-        reason='this CPU does not compute in bfloat16',
-    ),
-]
+pytestmark = pytest.mark.deploy
 CONFIGS = Path(get_installed_path('mmdet'), '.mim', 'configs')
 BASES = '_base_/models'
 PREDICTOR = re.compile(
