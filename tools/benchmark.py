@@ -70,6 +70,7 @@ from rich.markdown import Markdown
 from torch import Tensor
 
 from fasternet_det.backbones.fasternet import PartialConv
+from fasternet_det.deploy.operators import kernel_dtypes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs' / 'fasternet'
@@ -77,6 +78,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 # Paper, Table 1: channels and side of the maps, of stacks of ten layers.
 PAPER_MAPS = ((96, 56), (192, 28), (384, 14), (768, 7))
 PAPER_LAYERS = 10
+NO_BFLOAT16 = 'this CPU does not compute in bfloat16'
 AGREEMENT = 0.95  # least share of detections that float32 sides have in common
 
 
@@ -516,7 +518,12 @@ def judge(runs: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
             )
         )
 
-    def faster(name: str, row: Dict[str, Any], least: float) -> None:
+    def without(name: str, target: str, why: str) -> None:
+        add(name, target, why, False, dict(operators=[]))
+
+    def faster(name: str, row: Optional[Dict[str, Any]], least: float) -> None:
+        if row is None:
+            return without(name, f'>= {least}x', NO_BFLOAT16)
         low, median, high = row['ratio']
         value = f'{median:.2f}x ({low:.2f} to {high:.2f})'
         add(name, f'>= {least}x', value, median >= least, row)
@@ -524,7 +531,8 @@ def judge(runs: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
     def shape(run: str) -> str:
         return '{}x{}'.format(*runs[run]['size'])
 
-    _, float32, bfloat16, *openvino = runs['backbone-s']['rows']
+    _, float32, *others = runs['backbone-s']['rows']
+    bfloat16 = others[0] if others else None
     name = f'backbone S, {shape("backbone-s")}'
     faster(f'{name}, float32', float32, 1.5)
     share = float32['peak_share']
@@ -536,14 +544,13 @@ def judge(runs: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         float32,
     )
     faster(f'{name}, bf16', bfloat16, 7)
-    edge = [row['seconds'][1] / bfloat16['seconds'][1] for row in openvino]
-    add(
-        f'{name}, bf16: against OpenVINO bf16',
-        '> 1x',
-        f'{edge[0]:.2f}x' if edge else 'openvino is not installed',
-        bool(edge) and edge[0] > 1,
-        bfloat16,
-    )
+    against = f'{name}, bf16: against OpenVINO bf16', '> 1x'
+    if len(others) == 2:
+        edge = others[1]['seconds'][1] / others[0]['seconds'][1]
+        add(*against, f'{edge:.2f}x', edge > 1, others[0])
+    else:
+        why = 'openvino is not installed' if others else NO_BFLOAT16
+        without(*against, why)
     faster(
         f'backbone T0, {shape("backbone-t0")}, float32, 1 thread',
         runs['backbone-t0']['rows'][1],
@@ -553,7 +560,7 @@ def judge(runs: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         run = f'mask-rcnn-{arch}'
         faster(
             f'Mask R-CNN {arch.upper()}, whole, {shape(run)}, bf16',
-            runs[run]['rows'][2],
+            runs[run]['rows'][2] if others else None,
             4,
         )
     name = f'training step of RetinaNet S, 2 images {shape("training")}'
@@ -588,8 +595,11 @@ def measure_goals(
         [max(64, side // shrink) for side in size]
         for size in ((800, 1216), (224, 224), (512, 512))
     )
-    openvino = ['fasternet-s@openvino:bf16'] if find_spec('openvino') else []
-    forms = (':original', ':optimize', ':optimize,bf16')
+    forms, openvino = [':original', ':optimize'], []
+    if torch.bfloat16 in kernel_dtypes():
+        forms.append(':optimize,bf16')
+        if find_spec('openvino'):
+            openvino = ['fasternet-s@openvino:bf16']
     runs = {}
     runs['backbone-s'] = measure(
         [f'fasternet-s{form}' for form in forms] + openvino,

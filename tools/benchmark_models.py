@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from mmdet.models.backbones import SwinTransformer
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -25,7 +26,6 @@ from fasternet_det import ConvAWS2d, FasterNet, GGhostRegNet
 from fasternet_det.backbones.fasternet import FasterNetBlock
 from fasternet_det.checkpoint import fasternet_to_timm, read_checkpoint
 from fasternet_det.deploy import fold, optimize
-from fasternet_det.deploy.fold import OURS
 
 BACKBONES: Dict[str, dict] = {
     'resnet-18': dict(type='ResNet', depth=18),
@@ -442,10 +442,10 @@ def exported_side(
     path = folder / f'{len(list(folder.iterdir()))}.onnx'
     images = model.inputs.numpy()
     calibration = [images] if spec.precision == 'int8' else None
-    if any(isinstance(m, OURS) for m in model.module.modules()):
+    if not isinstance(model.module, SwinTransformer):
         export(model.module, path, calibration=calibration)
-    elif calibration or model.samples:
-        raise ValueError(f'{spec.side}: only models of ours export so')
+    elif calibration:
+        raise ValueError(f'{spec.side}: its windows fix the batch size')
     else:
         torch.onnx.export(
             model.module,

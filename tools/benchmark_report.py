@@ -345,7 +345,7 @@ def _goals(result: Dict[str, Any]) -> str:
     parts = [table(['goal', 'reach', 'measured', 'reached'], rows)]
     held: Dict[str, List[str]] = {}
     for row in result['rows']:
-        if not row['reached']:
+        if not row['reached'] and row['operators']:
             held.setdefault(_top(row['operators']), []).append(row['goal'])
     for top, names in held.items():
         parts += [f'Not reached: {"; ".join(names)}. Its profile:', top]

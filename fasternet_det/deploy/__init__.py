@@ -1,3 +1,15 @@
+"""Inference: a model goes in at the top and comes out at the bottom.
+
+=============  ==============================================================
+fold           norms into convolutions, exactly; what is unknown stays
+fuse           each module -> what computes it in fewer steps (operators.py)
+precision      the dtype and memory format in which each part computes
+decode         maps -> detections, in tensors
+optimize       the four in a row: the fast form; in a test loop, hook.py
+export         folded and decoded -> ONNX, OpenVINO, INT8; scored by evaluate
+=============  ==============================================================
+"""
+
 from .fold import fold
 from .hook import OptimizeHook
 from .optimize import optimize
