@@ -13,13 +13,13 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import textwrap
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import (
@@ -242,13 +242,15 @@ def training_batch(detector: nn.Module) -> Dict[str, Any]:
 
 
 def seed(detector: nn.Module) -> nn.Module:
-    """Seed weights and statistics, but not what else is in buffers."""
-    constants = {
-        name: buffer.clone()
-        for name, buffer in detector.named_buffers()
-        if 'running_' not in name
-    }
-    fill(detector).load_state_dict(constants, strict=False)
+    """Seed weights and statistics, around the initial biases."""
+    initial = copy.deepcopy(detector.state_dict())
+    fill(detector)
+    parameters = dict(detector.named_parameters())
+    for name, tensor in detector.state_dict().items():
+        if name.endswith('.bias'):  # that of AutoAssign makes boxes large
+            tensor += initial[name]
+        elif name not in parameters and 'running_' not in name:
+            tensor.copy_(initial[name])  # a constant
     detector.eval()  # returns nothing in some
     return detector
 
@@ -283,9 +285,11 @@ def set_threshold(model: Model) -> InstanceData:
         for head in model.module.modules()
         if 'score_thr' in (getattr(head, 'test_cfg', None) or ())
     ]
-    low, high = 0.0, 1.0
-    for _ in range(10 if configs else 0):
-        middle = (low + high) / 2
+    for config in configs:  # of YOLOv3 and SOLO
+        config.update(dict.fromkeys({*config} & {'conf_thr', 'filter_thr'}, 0))
+    low, high = 1e-6, 1.0
+    for _ in range(12 if configs else 0):
+        middle = (low * high) ** 0.5
         for config in configs:
             config.score_thr = middle
         enough = len(found_by(run)) >= ENOUGH
@@ -311,8 +315,8 @@ class Trial:
         """Build the detector."""
         config, changed = adapt(self.family)
         self.detector = MODELS.build(config.model)
-        outputs = ' '.join(map(str, config.model.backbone.out_indices))
-        return dict(outputs=outputs, changed=changed)
+        self.detector.init_weights()
+        return dict(outputs=config.model.backbone.out_indices, changed=changed)
 
     def train(self) -> Dict[str, Any]:
         """Make one training step, from the initial weights."""
@@ -320,7 +324,6 @@ class Trial:
         hub = MessageHub.get_current_instance()
         hub.update_info_dict(dict(epoch=0, iter=0))
         detector = self.detector
-        detector.init_weights()
         detector.train()
         batch = detector.data_preprocessor(training_batch(detector), True)
         loss, _ = detector.parse_losses(detector(**batch, mode='loss'))
@@ -401,57 +404,64 @@ def reason(error: Exception) -> str:
     return textwrap.shorten(f'{type(error).__name__}: {line}', 150)
 
 
-def examine(family: str, path: Path) -> Dict[str, Any]:
-    """Take a family through the stages, and write its row after each."""
-    row: Dict[str, Any] = dict(
+def new_row(family: str) -> Dict[str, Any]:
+    """The row of a family of which nothing is known yet."""
+    return dict(
         family=family,
         config=choose(family).stem,
         machine=describe_machine(),
         detector=True,
-        why={},
+        why={STAGES[0]: CRASHED},
     )
-    trial = Trial(family)
-    for stage in STAGES:
-        row['why'][stage] = CRASHED
-        path.write_text(json.dumps(row, indent=1))
-        try:
-            row[stage] = getattr(trial, stage)()
-            del row['why'][stage]
-        except Exception as error:  # noqa: BLE001, each failure is a result
-            traceback.print_exc()
-            row['why'][stage] = reason(error)
-            row['detector'] = not isinstance(error, NoDetectorError)
-            if stage in NEEDED:
-                break
+
+
+def examine(row: Dict[str, Any], path: Path) -> Dict[str, Any]:
+    """Take a family through the stages.
+
+    Args:
+        row (dict): To be filled.
+        path (Path): Where it is kept, also of a process that dies.
+
+    Returns:
+        dict: The row.
+    """
+    trial = Trial(row['family'])
+    log = path.with_suffix('.log').open('w')
+    with log, redirect_stdout(log), redirect_stderr(log):
+        for stage in STAGES:
+            row['why'][stage] = CRASHED
+            path.write_text(json.dumps(row, indent=1))
+            try:
+                row[stage] = getattr(trial, stage)()
+                del row['why'][stage]
+            except Exception as error:  # noqa: BLE001, each is a result
+                traceback.print_exc()
+                row['why'][stage] = reason(error)
+                row['detector'] = not isinstance(error, NoDetectorError)
+                if stage in NEEDED:
+                    break
     path.write_text(json.dumps(row, indent=1))
     return row
 
 
-def examine_apart(family: str, folder: Path, threads: int, limit: int) -> None:
+def examine_apart(family: str, folder: Path, limit: float) -> None:
     """Examine a family in a process of its own, unless that was done."""
     path = folder / f'{family}.json'
     if path.exists() and CRASHED not in path.read_text():
         return
     print(family, flush=True)
-    with open(path.with_suffix('.log'), 'w') as log:
-        try:
-            done = subprocess.run(
-                [sys.executable, __file__, '--here', family, '--out', folder],
-                cwd=CONFIGS.parent,  # where the configs name each other from
-                env=os.environ | dict(OMP_NUM_THREADS=str(threads)),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-            )
-            if not done.returncode:
-                return
-            fate = f'exit status {done.returncode}'
-            if done.returncode < 0:
-                fate = f'killed by {signal.Signals(-done.returncode).name}'
-        except subprocess.TimeoutExpired:
-            fate = f'not done in {limit} s'
-    if not path.exists():
-        raise RuntimeError(f'{family}: {fate}, see {log.name}')
+    path.write_text(json.dumps(new_row(family)))
+    process = get_context('spawn').Process(
+        target=examine, args=(new_row(family), path)
+    )
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        fate = f'not done in {limit} s'
+    else:
+        fate = f'exit code {process.exitcode}'
     path.write_text(path.read_text().replace(CRASHED, fate))
 
 
@@ -475,7 +485,7 @@ def cells(row: Dict[str, Any]) -> List[str]:
     return [
         row['family'],
         row['config'],
-        cell('build', lambda outputs, changed: outputs),
+        cell('build', lambda outputs, changed: ' '.join(map(str, outputs))),
         cell('build', lambda outputs, changed: names(changed)),
         cell('train', lambda without, frozen: 'yes'),
         cell('train', gradients),
@@ -539,9 +549,6 @@ def main() -> None:
         '--only', nargs='+', metavar='FAMILY', help='and write no page'
     )
     parser.add_argument(
-        '--here', metavar='FAMILY', help='examine one, in this process'
-    )
-    parser.add_argument(
         '--jobs', type=int, default=1, help='families at a time'
     )
     parser.add_argument(
@@ -551,29 +558,25 @@ def main() -> None:
     families = sorted(
         path.name for path in CONFIGS.iterdir() if any(path.glob('*.py'))
     )
-    chosen = args.only or [args.here or families[0]]
-    for family in chosen:
+    for family in args.only or ():
         if family not in families:
             parser.error(f'{family!r} is none of {", ".join(families)}')
+    families = args.only or families
     args.out.mkdir(parents=True, exist_ok=True)
     folder = args.out.resolve()
-    if args.here:
-        row = examine(args.here, folder / f'{args.here}.json')
-        print(json.dumps(row, indent=1))
-        return
-    families = args.only or families
     threads = max(torch.get_num_threads() // args.jobs, 1)
-    examine_one = partial(
-        examine_apart, folder=folder, threads=threads, limit=args.limit
-    )
+    os.environ['OMP_NUM_THREADS'] = str(threads)
+    os.chdir(CONFIGS.parent)  # from where configs name each other
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(examine_one, families))
+        one = partial(examine_apart, folder=folder, limit=args.limit)
+        list(pool.map(one, families))
     rows = [
         json.loads((folder / f'{family}.json').read_text())
         for family in families
     ]
     words = [Path(w).name if w == str(args.out) else w for w in sys.argv[1:]]
-    text = page(rows, shlex.join(['python', 'tools/compatibility.py', *words]))
+    command = shlex.join(['python', 'tools/compatibility.py', *words])
+    text = page(rows, command)
     if args.only:
         print(text)
     else:
