@@ -84,9 +84,9 @@ EXCEPTIONS: Dict[str, Dict[str, Any]] = {
 STAGES = ('build', 'train', 'predict', 'float32', 'bfloat16', 'export')
 NEEDED = ('build', 'predict')  # by the stages after them
 SIZE, LARGE = (160, 192), (320, 384)  # of the images
-# Smaller images have too small a map for DDOD's deformable kernel, and fewer
-# places than DINO has queries.
-WANT_LARGE = ('ddod', 'dino')
+# In smaller ones, the last maps are less than the kernels of DDOD and SSD, and
+# there are fewer places than DINO has queries.
+WANT_LARGE = ('ddod', 'dino', 'ssd')
 ROUNDS = 5  # of the timing
 ENOUGH = 20  # detections in an image
 # Largest error of the maps, and least share of detections in common.
@@ -252,15 +252,18 @@ def make_batch(detector: nn.Module, size: Sequence[int]) -> Dict[str, Any]:
 
 
 def seed(detector: nn.Module) -> nn.Module:
-    """Seed weights and statistics, around the initial biases."""
+    """Seed weights and statistics, but not what gives boxes their size."""
     initial = copy.deepcopy(detector.state_dict())
     seeded = copy.deepcopy(fill(detector).state_dict())
-    parameters = dict(detector.named_parameters())
+    kept = {name for name, _ in detector.named_buffers()}
+    for name, module in detector.named_modules():
+        if isinstance(module, nn.Embedding):  # QueryInst's hold boxes
+            kept.add(f'{name}.weight')
     for name, tensor in detector.state_dict().items():
-        if name.endswith('.bias'):  # that of AutoAssign makes boxes large
+        if name in kept and 'running_' not in name:
+            tensor.copy_(initial[name])
+        elif re.search(r'reg.*\.bias$', name):  # 4 strides in AutoAssign
             tensor.copy_(initial[name] + seeded[name])
-        elif name not in parameters and 'running_' not in name:
-            tensor.copy_(initial[name])  # a constant
     detector.eval()  # returns nothing in some
     return detector
 
@@ -272,9 +275,17 @@ def with_area(instances: InstanceData) -> InstanceData:
 
 
 def found_by(run: Callable[[], Any]) -> InstanceData:
-    """What is found in the first image."""
-    instances = copy.copy(run()[0].pred_instances)
-    if 'masks' in instances and not instances.bboxes.any():  # as of SOLO
+    """What is found in the first image, also as masks or a panoptic map."""
+    (sample, *_) = run()
+    if 'pred_instances' in sample:
+        instances = copy.copy(sample.pred_instances)
+    else:
+        segments = sample.pred_panoptic_seg.sem_seg
+        labels = segments.unique()
+        masks = segments == labels[:, None, None]
+        scores = torch.ones(len(labels))
+        instances = InstanceData(masks=masks, labels=labels, scores=scores)
+    if not instances.get('bboxes', torch.zeros(1)).any():
         instances.bboxes = mask2bbox(instances.masks)
     return with_area(instances)
 
@@ -297,9 +308,9 @@ def set_threshold(model: Model) -> InstanceData:
     ]
     for config in configs:  # of YOLOv3 and SOLO
         config.update(dict.fromkeys({*config} & {'conf_thr', 'filter_thr'}, 0))
-    low, high = 1e-6, 1.0
-    for _ in range(12 if configs else 0):
-        middle = (low * high) ** 0.5
+    low, high = 0.0, 1.0
+    for _ in range(10 if configs else 0):
+        middle = (low + high) / 2
         for config in configs:
             config.score_thr = middle
         enough = len(found_by(run)) >= ENOUGH
