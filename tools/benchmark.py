@@ -103,7 +103,7 @@ def agreement(found: InstanceData, reference: InstanceData) -> float:
     same = bbox_overlaps(found.bboxes.float(), reference.bboxes.float()) > 0.95
     same &= found.labels[:, None] == reference.labels
     scores = found.scores.float()[:, None], reference.scores.float()
-    same &= (scores[0] - scores[1]).abs() <= 0.01 * scores[1]
+    same &= (scores[0] - scores[1]).abs() <= 0.01 * scores[1].abs()
     if 'masks' in found and 'masks' in reference:
         for i, j in same.nonzero().tolist():
             equal = (found.masks[i] == reference.masks[j]).float().mean()
