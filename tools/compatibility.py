@@ -75,11 +75,16 @@ NO_SYNC = {
     f'model.{part}.norm_cfg.type': 'BN'
     for part in ('neck', 'roi_head.bbox_head', 'roi_head.mask_head')
 }
+CORNERS = {
+    # an Hourglass gives its map twice, FasterNet once
+    'model.bbox_head.num_feat_levels': 1,
+    # seeded embeddings of corners lie apart
+    'model.test_cfg.distance_threshold': 1000,
+}
 # What no rule knows: changes to the config of a family.
 EXCEPTIONS: Dict[str, Dict[str, Any]] = {
-    # an Hourglass gives its map twice, FasterNet once
-    'centripetalnet': {'model.bbox_head.num_feat_levels': 1},
-    'cornernet': {'model.bbox_head.num_feat_levels': 1},
+    'centripetalnet': CORNERS,
+    'cornernet': CORNERS,
     # these would download the weights of their teachers
     'lad': {'model.teacher_ckpt': None},
     'ld': {'model.teacher_ckpt': None},
@@ -254,9 +259,10 @@ def make_batch(
             bboxes=boxes,
             labels=torch.zeros(2, dtype=torch.long),
         )
-        if "'with_mask': True" in text:
+        panoptic = 'LoadPanopticAnnotations' in text
+        if panoptic or "'with_mask': True" in text:
             sample.gt_instances.masks = BitmapMasks(masks.numpy(), *size)
-        if "'with_seg': True" in text or "'LoadPanoptic" in text:
+        if panoptic or "'with_seg': True" in text:
             sample.gt_sem_seg = PixelData(sem_seg=masks[:1] * 0)
         if not getattr(detector, 'with_rpn', True):
             sample.proposals = InstanceData(
