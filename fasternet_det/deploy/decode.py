@@ -235,13 +235,23 @@ def _places(passing: Tensor) -> Tuple[Tensor, Tensor]:
 def _best(scores: Tensor, passing: Tensor, most: int) -> Tensor:
     """Columns of the best in each row (N, K): (N, k), with all that pass.
 
-    There are at most ``most``; while recording, always as many.
+    There are at most ``most``; while recording, always as many. Of equal ones
+    the first are taken, as mmdet's sorting does.
     """
     if _recording():
         count = torch.sym_min(most, scores.shape[1])
-    else:
-        count = min(most, int(passing.sum(1).max()))
-    return scores.topk(count).indices
+        return scores.topk(count).indices
+    count = max(1, min(most, int(passing.sum(1).max())))
+    best, index = scores.topk(count)
+    if (scores >= best[:, -1:]).sum() > index.numel():
+        index = scores.sort(descending=True, stable=True).indices[:, :count]
+    return index.sort().values
+
+
+def _take(values: Tensor, images: Tensor, index: Tensor) -> Tensor:
+    """Of values (N, P, C) those of images and an index (K,): (K, C)."""
+    index = images * values.shape[1] + index
+    return values.flatten(0, 1).index_select(0, index)
 
 
 def _clip(boxes: Tensor, sizes: Tensor, coder: nn.Module) -> Tensor:
@@ -282,9 +292,12 @@ def _select(
     ) & (scores >= 0)
     if not _recording():
         kept = [boxes.new_zeros(0, dtype=torch.long)]
+        # Group by group is faster where many boxes are of few groups.
+        most = 200 * int(groups.max() + 1) if len(groups) else 0
+        split = dict(split_thr=min(most, 10000))
         for rows in filter(len, (mask.nonzero()[:, 0] for mask in own)):
             of_image = (boxes[rows], scores[rows], groups[rows])
-            dets, best = batched_nms(*of_image, cfg.nms)
+            dets, best = batched_nms(*of_image, dict(cfg.nms, **split))
             scores[rows[best]] = dets[:, 4]  # soft NMS changes them
             kept.append(rows[best[: cfg.get('max_per_img')]])
         index = torch.cat(kept)
@@ -405,7 +418,7 @@ class DenseDecoder(Decoder):
             )
             picked.append(
                 (image, label, torch.full_like(label, i), score, prior)
-                + tuple(x[image, index] for x in others)
+                + tuple(_take(x, image, index) for x in others)
             )
         images, labels, levels, scores, priors, deltas, *others = map(
             torch.cat, zip(*picked)
@@ -435,18 +448,20 @@ class DenseDecoder(Decoder):
             tuple[Tensor]: Images, priors, labels and scores, all (K,).
         """
         threshold = self.test_cfg.get('score_thr', -math.inf)
-        most, classes = self.test_cfg.nms_pre, logits.shape[2]
-        rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+        most, (num_images, _, classes) = self.test_cfg.nms_pre, logits.shape
         # The best pairs are among those of the best priors.
         scores = logits.amax(2).sigmoid()
         prior = _best(scores, scores > threshold, most)  # (N, k)
-        scores = logits[rows, prior].sigmoid().flatten(1)
+        image = torch.arange(num_images, device=prior.device)
+        rows = image[:, None].expand(prior.shape)
+        scores = _take(logits, rows.flatten(), prior.flatten()).sigmoid()
+        scores = scores.view(num_images, -1)  # (N, k * C)
         pair = _best(scores, scores > threshold, most)  # (N, k)
         prior, label = prior.gather(1, pair // classes), pair % classes
         scores = scores.gather(1, pair)
         passing = scores > threshold
         for factor in factors:
-            scores = scores * factor[rows, prior, 0].sigmoid()
+            scores = scores * factor[..., 0].gather(1, prior).sigmoid()
         place = _places(passing)
         scores = scores.where(passing, -1)
         return place[0], prior[place], label[place], scores[place]
