@@ -232,20 +232,22 @@ def _places(passing: Tensor) -> Tuple[Tensor, Tensor]:
     return rows.flatten(), columns.expand(passing.shape).flatten()
 
 
-def _best(scores: Tensor, passing: Tensor, most: int) -> Tensor:
-    """Columns of the best in each row (N, K): (N, k), with all that pass.
+def _best(scores: Tensor, passing: Tensor, most: int) -> Tuple[Tensor, Tensor]:
+    """The best in each row (N, K), with all that pass: scores, columns (N, k).
 
-    There are at most ``most``; while recording, always as many. Of equal ones
-    the first are taken, as mmdet's sorting does.
+    There are at most ``most``; while recording, always as many, and -1 where
+    there is nothing. Of equal ones the first are taken, as mmdet's sorting
+    does.
     """
     if _recording():
-        count = torch.sym_min(most, scores.shape[1])
-        return scores.topk(count).indices
+        scores, index = F.pad(scores, (most, 0), value=-1).topk(most)
+        return scores, (index - most).clamp(min=0)
     count = max(1, min(most, int(passing.sum(1).max())))
     best, index = scores.topk(count)
     if (scores >= best[:, -1:]).sum() > index.numel():
         index = scores.sort(descending=True, stable=True).indices[:, :count]
-    return index.sort().values
+    index = index.sort().values
+    return scores.gather(1, index), index
 
 
 def _take(values: Tensor, images: Tensor, index: Tensor) -> Tensor:
@@ -406,19 +408,24 @@ class DenseDecoder(Decoder):
         """Detections, and of each its prior, stride and further outputs."""
         generator, picked = self.prior_generator, []
         for i, level in enumerate(zip(*outs)):
-            size = level[0].shape[2:]
             # (N, A * C, H, W) to (N, H * W * A, C), as priors are ordered
-            level = [x.permute(0, 2, 3, 1).flatten(1) for x in level]
-            logits = level[0].unflatten(1, (-1, self.cls_out_channels))
-            others = [x.unflatten(1, (logits.shape[1], -1)) for x in level[1:]]
-            image, index, label, score = self._pick(logits, *others)
-            # The generator's anchors are on the CPU.
+            num_images, _, height, width = level[0].shape
+            each = generator.num_base_priors[i]
+            shape = (num_images, height * width * each)
+            level = [
+                x.permute(0, 2, 3, 1).reshape(*shape, x.shape[1] // each)
+                for x in level
+            ]
+            image, index, label, score = self._pick(*level)
+            # ONNX's exporter knows no remainder by an int; and the generator's
+            # anchors are on the CPU.
+            size = [torch.tensor(side) for side in (height, width)]
             prior = generator.sparse_priors(
                 index.cpu(), size, i, torch.float32, index.device
             )
             picked.append(
                 (image, label, torch.full_like(label, i), score, prior)
-                + tuple(_take(x, image, index) for x in others)
+                + tuple(_take(x, image, index) for x in level[1:])
             )
         images, labels, levels, scores, priors, deltas, *others = map(
             torch.cat, zip(*picked)
@@ -447,18 +454,21 @@ class DenseDecoder(Decoder):
         Returns:
             tuple[Tensor]: Images, priors, labels and scores, all (K,).
         """
-        threshold = self.test_cfg.get('score_thr', -math.inf)
+        threshold = self.test_cfg.get('score_thr', -0.5)
         most, (num_images, _, classes) = self.test_cfg.nms_pre, logits.shape
         # The best pairs are among those of the best priors.
         scores = logits.amax(2).sigmoid()
-        prior = _best(scores, scores > threshold, most)  # (N, k)
+        if _recording():
+            count = torch.sym_min(most, logits.shape[1])
+            prior = scores.topk(count).indices
+        else:
+            prior = _best(scores, scores > threshold, most)[1]  # (N, k)
         image = torch.arange(num_images, device=prior.device)
         rows = image[:, None].expand(prior.shape)
         scores = _take(logits, rows.flatten(), prior.flatten()).sigmoid()
-        scores = scores.view(num_images, -1)  # (N, k * C)
-        pair = _best(scores, scores > threshold, most)  # (N, k)
+        scores = scores.view(num_images, prior.shape[1] * classes)
+        scores, pair = _best(scores, scores > threshold, most)  # (N, k)
         prior, label = prior.gather(1, pair // classes), pair % classes
-        scores = scores.gather(1, pair)
         passing = scores > threshold
         for factor in factors:
             scores = scores * factor[..., 0].gather(1, prior).sigmoid()
