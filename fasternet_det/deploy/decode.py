@@ -233,21 +233,15 @@ def _places(passing: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _best(scores: Tensor, passing: Tensor, most: int) -> Tuple[Tensor, Tensor]:
-    """The best in each row (N, K), with all that pass: scores, columns (N, k).
+    """Scores and columns (N, k) of the best in each row (N, K).
 
-    There are at most ``most``; while recording, always as many, and -1 where
-    there is nothing. Of equal ones the first are taken, as mmdet's sorting
-    does.
+    All that pass are among them, but for ``most``. While recording there are
+    always as many, with scores of -1 where there is nothing.
     """
     if _recording():
         scores, index = F.pad(scores, (most, 0), value=-1).topk(most)
         return scores, (index - most).clamp(min=0)
-    count = max(1, min(most, int(passing.sum(1).max())))
-    best, index = scores.topk(count)
-    if (scores >= best[:, -1:]).sum() > index.numel():
-        index = scores.sort(descending=True, stable=True).indices[:, :count]
-    index = index.sort().values
-    return scores.gather(1, index), index
+    return scores.topk(min(most, int(passing.sum(1).max())))
 
 
 def _take(values: Tensor, images: Tensor, index: Tensor) -> Tensor:
@@ -294,12 +288,14 @@ def _select(
     ) & (scores >= 0)
     if not _recording():
         kept = [boxes.new_zeros(0, dtype=torch.long)]
-        # Group by group is faster where many boxes are of few groups.
-        most = 200 * int(groups.max() + 1) if len(groups) else 0
-        split = dict(split_thr=min(most, 10000))
+        nms_cfg = dict(cfg.nms)
+        if len(groups) and not cfg.nms.get('class_agnostic', False):
+            # Group by group is faster where many boxes are of few groups.
+            few = 200 * int(groups.max() + 1)
+            nms_cfg['split_thr'] = min(few, 10000)
         for rows in filter(len, (mask.nonzero()[:, 0] for mask in own)):
             of_image = (boxes[rows], scores[rows], groups[rows])
-            dets, best = batched_nms(*of_image, dict(cfg.nms, **split))
+            dets, best = batched_nms(*of_image, nms_cfg)
             scores[rows[best]] = dets[:, 4]  # soft NMS changes them
             kept.append(rows[best[: cfg.get('max_per_img')]])
         index = torch.cat(kept)
@@ -536,8 +532,6 @@ class YOLOXDecoder(DenseDecoder):
 
 class RTMDetInsDecoder(DenseDecoder):
     """For mmdet's ``RTMDetInsHead``, which predicts a net for each mask."""
-
-    with_masks = True
 
     def decode(
         self,
@@ -892,8 +886,8 @@ class EndToEnd(nn.Module):
             tuple[Tensor]: ``dets`` (N, max_per_img, 5), corners in pixels and
             score, best first, and ``labels`` (N, max_per_img). Where less is
             found, zeros of label -1 follow. Of a detector with masks,
-            ``masks`` (N, max_per_img, h, w), probabilities on a grid over
-            each box, or, of RTMDet-Ins, over the image.
+            ``masks`` (N, max_per_img, h, w): probabilities on a grid over
+            each box, or, of RTMDet-Ins, logits on one over the image.
         """
         num_images, _, *size = images.shape
         sizes = [torch.full((num_images,), side) for side in size]
@@ -901,16 +895,15 @@ class EndToEnd(nn.Module):
         maps = self.detector.extract_feat(images)
         if self.two_stages:
             regions = self.detector.rpn_head.decode(maps, sizes)
+            real = regions.scores >= 0
             found = self.detector.roi_head.decode(
-                maps, regions.rois(), regions.scores >= 0, sizes
+                maps, regions.rois(), real, sizes
             )
-            masks = found.masks
         else:
             found = self.detector.bbox_head.decode(maps, sizes)
-            masks = found.masks.sigmoid() if 'masks' in self.names else None
         real = found.scores >= 0
         dets = torch.cat((found.boxes, found.scores[:, None]), 1)
         outputs = [dets.where(real[:, None], 0), found.labels.where(real, -1)]
-        if masks is not None:
-            outputs.append(masks)
+        if found.masks is not None:
+            outputs.append(found.masks)
         return tuple(x.unflatten(0, (num_images, -1)) for x in outputs)
