@@ -25,7 +25,14 @@ DATA = ROOT / 'tests' / 'data'
 IS_OLD = digit_version(torch.__version__) < digit_version(MINIMUM_TORCH)
 collect_ignore = [
     f'test_deploy/test_{name}.py'
-    for name in ('batches', 'export', 'hook', 'optimize', 'precision')
+    for name in (
+        'batches',
+        'decode',
+        'export',
+        'hook',
+        'optimize',
+        'precision',
+    )
 ] + ['test_tools/test_benchmark.py', 'test_tools/test_export_tool.py']
 if not IS_OLD:
     collect_ignore = []

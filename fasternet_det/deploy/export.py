@@ -13,7 +13,7 @@ import torch.nn as nn
 from mmdet.models import BaseDetector
 
 from ..layers import SAConv
-from .end_to_end import end_to_end, nms, roi_align
+from .decode import EndToEnd, nms, roi_align
 from .fold import fold
 from .versions import check_torch
 
@@ -83,7 +83,7 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
         shape (N, C, H, W) that the model takes. Its outputs are the feature
         maps, ``map0`` and on, or the logits; of a detector, ``dets``,
         ``labels`` and, where it has them, ``masks``, as
-        :mod:`~fasternet_det.deploy.end_to_end` describes.
+        :class:`~fasternet_det.deploy.decode.EndToEnd` describes.
 
     Raises:
         RuntimeError: If torch is too old to export.
@@ -98,7 +98,7 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
                 'has no such operator; train it with use_deform=False'
             )
     whole = isinstance(folded, BaseDetector)
-    graph = end_to_end(folded) if whole else folded
+    graph = EndToEnd(folded) if whole else folded
     # The first that says so: mmdet's own backbones do not, their stem does.
     in_channels = next(
         module.in_channels
