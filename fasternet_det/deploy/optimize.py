@@ -8,6 +8,7 @@ from mmdet.models import BaseDetector
 from mmdet.models.necks import FPN
 from torch import Tensor
 
+from .decode import decode_heads
 from .fold import fold
 from .fuse import fuse
 from .operators import InPlaceBlock, kernel_dtypes
@@ -131,6 +132,8 @@ def optimize(
         set_precision(part, dtype, memory_format)
     for part in plain:
         part.to(**PLAIN)
+    if not plain:
+        decode_heads(model)
     fast[0].register_forward_pre_hook(_refuse_gradients)
     cast_before(fast[0], dtype=dtype, memory_format=memory_format)
     if plain:
