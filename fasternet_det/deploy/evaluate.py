@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .export import Session
 
+AS_READ = dict(type='DetDataPreprocessor')  # neither normalises nor pads
+
 
 class ExportedDetector(BaseDetector):
     """An exported detector that predicts as an mmdet detector does.
@@ -29,6 +31,8 @@ class ExportedDetector(BaseDetector):
         data_preprocessor (dict): The original's config.
         mask_thr_binary (float): Probability from which on a pixel belongs to
             a mask. Defaults to 0.5.
+        pixels (bool): Whether the graph takes images as they are read, so
+            that nothing is left to the preprocessor. Defaults to False.
     """
 
     def __init__(
@@ -36,8 +40,10 @@ class ExportedDetector(BaseDetector):
         session: Session,
         data_preprocessor: dict,
         mask_thr_binary: float = 0.5,
+        pixels: bool = False,
     ) -> None:
-        super().__init__(data_preprocessor)
+        super().__init__(AS_READ if pixels else data_preprocessor)
+        self.dtype = np.uint8 if pixels else np.float32
         self.session = session
         self.mask_cfg = Config(dict(mask_thr_binary=mask_thr_binary))
         self.mask_head = FCNMaskHead(num_convs=0, class_agnostic=True)
@@ -51,7 +57,7 @@ class ExportedDetector(BaseDetector):
         """Detect; see :meth:`mmdet.models.SingleStageDetector.predict`.
 
         Args:
-            batch_inputs (Tensor): Normalised images of shape (N, 3, H, W).
+            batch_inputs (Tensor): What the preprocessor gives, (N, C, H, W).
             batch_data_samples (list[DetDataSample]): What is known of them.
             rescale (bool): Whether to give boxes of the original images
                 instead of the resized ones. Defaults to True.
@@ -59,7 +65,7 @@ class ExportedDetector(BaseDetector):
         Returns:
             list[DetDataSample]: The samples with ``pred_instances``.
         """
-        outputs = self.session(batch_inputs.cpu().numpy())
+        outputs = self.session(batch_inputs.cpu().numpy().astype(self.dtype))
         results = []
         for sample, dets, labels, *masks in zip(
             batch_data_samples, *map(torch.from_numpy, outputs)
@@ -125,19 +131,26 @@ def _piped(dataset: ConfigDict, pipeline: List[dict]) -> dict:
     return dict(dataset, pipeline=pipeline)
 
 
-def calibration_images(config: Config, count: int) -> Iterator[np.ndarray]:
+def calibration_images(
+    config: Config, count: int, pixels: bool = False
+) -> Iterator[np.ndarray]:
     """Images of a config's training split, prepared as its tests do.
 
     Args:
         config (Config): The detector's config.
         count (int): How many, spread over the split.
+        pixels (bool): Whether to leave them as they are read and resized.
+            Defaults to False.
 
     Yields:
-        ndarray: Normalised images of shape (1, C, H, W), float32.
+        ndarray: Images of shape (1, C, H, W), normalised float32 or uint8.
     """
     pipeline = config.test_dataloader.dataset.pipeline
     dataset = DATASETS.build(_piped(config.train_dataloader.dataset, pipeline))
-    preprocess = MODELS.build(config.model.data_preprocessor)
+    preprocess = MODELS.build(
+        AS_READ if pixels else config.model.data_preprocessor
+    )
+    dtype = np.uint8 if pixels else np.float32
     for i in np.linspace(0, len(dataset) - 1, count).round().astype(int):
         batch = pseudo_collate([dataset[int(i)]])
-        yield preprocess(batch)['inputs'].numpy()
+        yield preprocess(batch)['inputs'].numpy().astype(dtype)
