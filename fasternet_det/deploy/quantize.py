@@ -103,6 +103,7 @@ def _quantized(
         extra_options=options,
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()
     return quantizer.model.model
 
 
@@ -181,7 +182,11 @@ def _layers(
     both = copy.deepcopy(proto)
     # A ReLU would vanish into the range of the convolution before it.
     graph = _quantized(
-        proto, ranges, names, QDQKeepRemovableActivations=True
+        proto,
+        ranges,
+        names,
+        QDQKeepRemovableActivations=True,
+        QuantizeBias=False,
     ).graph
     known = {weight.name for weight in both.graph.initializer}
     both.graph.initializer.extend(
