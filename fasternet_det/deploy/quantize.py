@@ -14,11 +14,10 @@ from onnxruntime.quantization import (
     QuantType,
     TensorsData,
 )
+from onnxruntime.quantization.quant_utils import DEQUANT_OUTPUT_SUFFIX
 
 # What becomes 8 bits wide: all that FasterNet has between convolutions.
 QUANTIZED = ('Conv', 'Split', 'Concat', 'Add', 'Relu', 'Gelu', 'Resize')
-# What puts values into another order, and computes none.
-MOVING = ('Concat', 'Gather', 'GatherND', 'Reshape', 'Transpose')
 
 
 def quantize(
@@ -123,11 +122,11 @@ def _run(
 def _ranges(
     proto: onnx.ModelProto, names: Collection[str], images: List[np.ndarray]
 ) -> TensorsData:
-    """Least and greatest value of each tensor that may be quantised.
+    """Least and greatest value of each tensor that may be quantised, and 0.
 
-    0 is in every range, as it is where 8 bits are made of it. Regions have
-    the range of the maps that they are averages of: calibration may have seen
-    no region of a level, or small ones alone.
+    What follows regions of interest shall have the range of the regions of
+    any level, and calibration may have some levels without any: the graph is
+    run once for each level, with all regions taken from the next map.
     """
     graph = proto.graph
     floats = {
@@ -139,7 +138,7 @@ def _ranges(
         floats.intersection(
             tensor
             for node in graph.node
-            if node.name in names or node.op_type == 'RoiAlign'
+            if node.name in names
             for tensor in (*node.input, *node.output)
         )
     )
@@ -151,21 +150,38 @@ def _ranges(
             probed.graph.node.append(
                 make_node(kind, [tensor], outputs[-1:], keepdims=1)
             )
+    groups = _regions(probed.graph)
     low = high = np.zeros(len(tensors), np.float32)
-    for found in _run(probed, outputs, images):
-        low = [np.min(a, initial=b) for a, b in zip(found[0::2], low)]
-        high = [np.max(a, initial=b) for a, b in zip(found[1::2], high)]
+    for _ in range(max(map(len, groups.values()), default=1)):
+        for found in _run(probed, outputs, images):
+            low = [np.min(a, initial=b) for a, b in zip(found[0::2], low)]
+            high = [np.max(a, initial=b) for a, b in zip(found[1::2], high)]
+        for group in groups.values():
+            maps = [(node.input[0], node.attribute[:]) for node in group]
+            for node, (source, attributes) in zip(group, maps[1:] + maps[:1]):
+                node.input[0] = source
+                del node.attribute[:]
+                node.attribute.extend(attributes)
     ranges = dict(zip(tensors, zip(low, high)))
-    regions = set()
-    for node in graph.node:
-        sources = regions.intersection(node.input)
-        if node.op_type == 'RoiAlign':
-            sources = node.input[:1]
-        if sources and node.op_type in ('RoiAlign', *MOVING):
-            low, high = zip(*(ranges[source] for source in sources))
-            ranges[node.output[0]] = (min(low), max(high))
-            regions.add(node.output[0])
+    for output, group in groups.items():
+        for node in group:
+            if output in ranges:
+                ranges[node.output[0]] = ranges[output]
     return TensorsData(CalibrationMethod.MinMax, ranges)
+
+
+def _regions(graph: onnx.GraphProto) -> Dict[str, List[onnx.NodeProto]]:
+    """The RoIAligns of all levels, by the tensor that they make together."""
+    made = {
+        node.output[0]: node
+        for node in graph.node
+        if node.op_type == 'RoiAlign'
+    }
+    return {
+        node.output[0]: [made[tensor] for tensor in node.input]
+        for node in graph.node
+        if node.op_type == 'Concat' and node.input[0] in made
+    }
 
 
 def _layers(
@@ -177,9 +193,8 @@ def _layers(
     """Nodes by layer, from the layer that adds most noise to that of least.
 
     A layer is the convolutions of one weight, or another node. Its noise is
-    what quantising it alone does to its output, relative to the output.
+    what its 8 bits do to its output, in squares, relative to the output.
     """
-    both = copy.deepcopy(proto)
     # A ReLU would vanish into the range of the convolution before it.
     graph = _quantized(
         proto,
@@ -188,50 +203,43 @@ def _layers(
         QDQKeepRemovableActivations=True,
         QuantizeBias=False,
     ).graph
+    # Beside each node its twin of 8 bits, which reads the same float values
+    both = copy.deepcopy(proto)
     known = {weight.name for weight in both.graph.initializer}
     both.graph.initializer.extend(
         weight for weight in graph.initializer if weight.name not in known
     )
-    # Beside each node its twin of 8 bits, which reads the same float values
-    twins, outputs = [], []
+    twins = {}
     for node in graph.node:
         if node.name in names:
-            twins.append(node.name)
-            output, twin = node.output[0], f'{node.output[0]}/int8'
+            twins[node.name] = node.output[0]
             node.name += '/int8'
             node.output[:] = [f'{name}/int8' for name in node.output]
-            outputs += [f'{twin}/noise', f'{twin}/signal']
-            both.graph.node.extend(
-                (
-                    node,
-                    make_node('Sub', [output, twin], [f'{twin}/difference']),
-                    make_node(
-                        'ReduceSumSquare',
-                        [f'{twin}/difference'],
-                        [f'{twin}/noise'],
-                        keepdims=0,
-                    ),
-                    make_node(
-                        'ReduceSumSquare',
-                        [output],
-                        [f'{twin}/signal'],
-                        keepdims=0,
-                    ),
-                )
+        elif node.op_type not in ('QuantizeLinear', 'DequantizeLinear'):
+            continue
+        both.graph.node.append(node)
+    made = {name for node in both.graph.node for name in node.output}
+    squares = {}  # of an output, and of what 8 bits before and of it change
+    for name, output in twins.items():
+        others = {f'{output}/int8', output + DEQUANT_OUTPUT_SUFFIX} & made
+        squares[name] = [f'{tensor}/square' for tensor in (output, *others)]
+        for other in others:
+            both.graph.node.append(
+                make_node('Sub', [output, other], [f'{other}/change'])
             )
-        elif node.op_type in ('QuantizeLinear', 'DequantizeLinear'):
-            both.graph.node.append(node)
-    squares = np.sum(_run(both, outputs, images), 0)
-    noise = dict(zip(twins, squares[0::2] / np.maximum(squares[1::2], 1e-12)))
-    layers = defaultdict(list)
+        for tensor, square in zip((output, *others), squares[name]):
+            source = tensor if tensor == output else f'{tensor}/change'
+            both.graph.node.append(
+                make_node('ReduceSumSquare', [source], [square], keepdims=0)
+            )
+    outputs = sum(squares.values(), [])
+    values = dict(zip(outputs, np.sum(_run(both, outputs, images), 0)))
+    layers, noise = defaultdict(list), defaultdict(float)
     for node in proto.graph.node:
-        if node.name in noise:
-            layers[
-                node.input[1] if node.op_type == 'Conv' else node.name
-            ].append(node.name)
-    return {
-        layer: layers[layer]
-        for layer in sorted(
-            layers, key=lambda k: -max(noise[name] for name in layers[k])
-        )
-    }
+        if node.name in squares:
+            layer = node.input[1] if node.op_type == 'Conv' else node.name
+            signal, *changes = (values[name] for name in squares[node.name])
+            layers[layer].append(node.name)
+            noise[layer] = max(noise[layer], sum(changes) / (signal + 1e-12))
+    ranked = sorted(layers, key=noise.get, reverse=True)
+    return {layer: layers[layer] for layer in ranked}
