@@ -262,10 +262,10 @@ def find_images(paths: List[Path]) -> Dict[str, Path]:
             if file.suffix.lower() in SUFFIXES
         )
         if not inside:
-            raise ValueError(
-                f'{path} is neither an image nor a folder of them'
-            )
+            raise ValueError(f'{path} is no image, nor a folder of images')
         for file in inside:
+            if not cv2.haveImageReader(str(file)):
+                raise ValueError(f'OpenCV cannot read {file}')
             if file.name in found:
                 raise ValueError(f'two images are called {file.name}')
             found[file.name] = file

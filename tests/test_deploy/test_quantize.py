@@ -30,7 +30,8 @@ regions (float[1, 3, H, W] input) => (float[R, 1, 4, 4] masks)
   image = Compress <axis = 0> (first, is_large)
   small = RoiAlign <output_height = 4, output_width = 4, spatial_scale = 0.25>
     (small_map, small_boxes, images)
-  large = RoiAlign <output_height = 4, output_width = 4, spatial_scale = 0.0625>
+  large = RoiAlign
+    <output_height = 4, output_width = 4, spatial_scale = 0.0625>
     (large_map, large_boxes, image)
   both = Concat <axis = 0> (small, large)
   mixed = Conv <pads = [1, 1, 1, 1]> (both, mix_weight)
@@ -50,8 +51,6 @@ block (float[1, 3, H, W] input) => (float[1, 1, H, W] map)
   map = Conv (sum, last_weight)
 }
 """
-
-
 
 
 def graph(text, **shapes):
@@ -128,23 +127,42 @@ def block():
 
 
 @pytest.mark.parametrize(
-    'most, kept, tried',
+    'most, kept',
     [
-        (1.0, [], 1),
-        # what reads the channel, and what fits others around it
-        (0.1, ['back_weight', 'wide_weight'], 3),
-        (0.0, ['back_weight', 'wide_weight'], 3),
+        (1.0, []),
+        # what reads the channel and what writes it, worst first
+        (0.1, ['back_weight', 'wide_weight']),
+        # and all that comes before the last layer
+        (0.0, ['back_weight', 'wide_weight', 'node_sum', 'stem_weight']),
     ],
 )
-def test_layers_fall_back(most, kept, tried, block):
-    images = images_of(16)
+def test_layers_fall_back(most, kept, block):
+    image = images_of(16)[0]
     errors = []
 
     def accept(form):
-        errors.append(error(form, block, images[0])[0])
+        errors.append(error(form, block, image)[0])
         return errors[-1] <= most
 
-    quantized, found = quantize(block, images, accept)
-    assert errors[0] > 0.3
-    print(most, errors, found)
-    assert error(quantized, block, images[0]) <= most
+    quantized, found = quantize(block, images_of(16), accept)
+    assert errors[0] > 0.3  # of the whole
+    assert found == kept
+    assert error(quantized, block, image) <= most
+    assert len(errors) <= 4
+    floats = {
+        weight.name
+        for weight in quantized.graph.initializer
+        if weight.data_type == onnx.TensorProto.FLOAT
+    }
+    weights = {name for name in kept if name.endswith('_weight')}
+    assert {n for n in floats if n.endswith('_weight')} == weights | {
+        'last_weight'
+    }
+
+
+def test_nothing_is_accepted(block):
+    quantized, kept = quantize(block, images_of(16), lambda form: False)
+    assert len(kept) == 5  # the ReLU too
+    assert error(quantized, block, images_of(16)[0]) == 0
+    kinds = {node.op_type for node in quantized.graph.node}
+    assert kinds == {'Conv', 'Relu', 'Add'}
