@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Union
 import numpy as np
 import torch
 import torch.nn as nn
+from mmcv.ops import RoIAlign
 from mmdet.models import BaseDetector, DetDataPreprocessor
 from torch import Tensor
 
@@ -32,9 +33,10 @@ except ImportError as error:
         "    pip install 'fasternet_det[deploy]'"
     ) from error
 
-OPSETS = range(17, 26)
+OLDEST_OPSET = 17
 OPSET = 20  # the first in which GELU is one operator
 ROI_ALIGN_OPSET = 21  # the last whose RoiAlign ONNX Runtime computes
+NEWEST_OPSET = 25
 INPUT = 'input'
 DIMS = {0: 'batch', 2: 'height', 3: 'width'}
 
@@ -136,8 +138,8 @@ def to_onnx(
     Args:
         model (nn.Module): A backbone or detector that :func:`fold` takes, in
             eval mode and not folded. It is left as it is.
-        opset (int): Version of the operators, from 17 to 25. Below 20, GELU
-            is spelt out. Defaults to 20.
+        opset (int): Version of the operators, from 17 to 25, or, with
+            RoIAlign, 21. Below 20, GELU is spelt out. Defaults to 20.
         preprocessor (DetDataPreprocessor, optional): What normalises the
             model's images; given that, the graph takes images as they are
             read, by :class:`Pixels`. Defaults to None.
@@ -155,9 +157,13 @@ def to_onnx(
             is out of range.
     """
     check_torch('export')
-    if opset not in OPSETS:
+    newest = NEWEST_OPSET
+    if any(isinstance(module, RoIAlign) for module in model.modules()):
+        newest = ROI_ALIGN_OPSET
+    if not OLDEST_OPSET <= opset <= newest:
         raise ValueError(
-            f'expected an opset from {OPSETS[0]} to {OPSETS[-1]}, got {opset}'
+            f'expected an opset from {OLDEST_OPSET} to {newest} for this '
+            f'{type(model).__name__}, got {opset}'
         )
     folded = fold(model)
     for name, module in folded.named_modules():
@@ -195,19 +201,12 @@ def to_onnx(
         program,
         input_names=[INPUT],
         output_names=list(names),
-        opset_version=max(opset, 18),
+        opset_version=max(opset, 18),  # torch knows none before
         custom_translation_table=TRANSLATIONS,
         verbose=False,
     ).model_proto
     if opset == 17:
         _lower(proto)
-    if opset > ROI_ALIGN_OPSET and 'RoiAlign' in (
-        node.op_type for node in proto.graph.node
-    ):
-        raise ValueError(
-            f'expected an opset up to {ROI_ALIGN_OPSET} for a detector with '
-            f'RoIAlign, as ONNX Runtime has no later one, got {opset}'
-        )
     return _tidy(proto)
 
 
@@ -220,7 +219,7 @@ def _lower(proto: onnx.ModelProto) -> None:
             axes = onnx.numpy_helper.to_array(constants[node.input.pop()])
             node.attribute.append(onnx.helper.make_attribute('axes', axes))
         for attribute in list(node.attribute):
-            if attribute.name not in schema.attributes:  # a default's
+            if attribute.name not in schema.attributes:  # at its default
                 node.attribute.remove(attribute)
     proto.opset_import[0].version = 17
 
