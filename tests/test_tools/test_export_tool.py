@@ -132,11 +132,6 @@ def test_max_drop(checkpoint, tmp_path, monkeypatch, capsys):
         ),
         (CONFIG.name, ('--max-drop', '1'), '--max-drop needs --int8'),
         (CONFIG.name, ('--opset', '26'), 'from 17 to 25 for this RetinaNet'),
-        (
-            'retinanet_fasternet-t0_fpn_nuclei-16bit.py',
-            ('--pixels',),
-            'only images of 8 bits',
-        ),
     ],
 )
 def test_errors(
