@@ -139,8 +139,7 @@ def main() -> None:
         detector = ExportedDetector(
             load(file, runtime),
             config.model.data_preprocessor,
-            metadata['mask_threshold'],
-            args.pixels,
+            metadata,
         )
         return score(config, name, detector)
 

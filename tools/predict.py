@@ -10,6 +10,7 @@ results.json, COCO's list of results, of all detections.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
@@ -86,7 +87,7 @@ def pad(image: np.ndarray, height: int, width: int, value: Any) -> np.ndarray:
 
 def prepare(
     image: np.ndarray, notes: Dict[str, Any]
-) -> Tuple[np.ndarray, np.ndarray, Tuple[int, int]]:
+) -> Tuple[np.ndarray, Tuple[float, float], Tuple[int, int]]:
     """Make an image what a graph takes, to the pixel as mmdet does.
 
     Args:
@@ -95,13 +96,13 @@ def prepare(
 
     Returns:
         tuple: The input, of shape (1, C, H', W'); the factors by which width
-        and height were resized, shape (2,); and the width and the height
-        that boxes are clipped to, those without the last padding.
+        and height were resized; and the width and the height that boxes are
+        clipped to, those without the last padding.
     """
     if notes['to_float32']:
         image = image.astype(np.float32)
     height, width = image.shape[:2]
-    factors = np.ones(2, np.float32)
+    factors = (1.0, 1.0)
     if notes['scale']:
         size = notes['scale']
         if notes['keep_ratio']:
@@ -110,7 +111,7 @@ def prepare(
             )
             size = int(width * factor + 0.5), int(height * factor + 0.5)
         image = cv2.resize(image, size)
-        factors = np.float32([size[0] / width, size[1] / height])
+        factors = (size[0] / width, size[1] / height)
     image = image.reshape(*image.shape[:2], -1)
     if notes['pad_size']:
         width, height = notes['pad_size']
@@ -148,6 +149,19 @@ def spread(mask: np.ndarray, box: np.ndarray, shape: Tuple) -> np.ndarray:
     return rows @ mask @ columns.T
 
 
+def unpad(
+    logits: np.ndarray, size: Tuple, factors: Tuple, shape: Tuple
+) -> np.ndarray:
+    """Probabilities over an image (H, W) of logits (h, w) over an input.
+
+    As in mmdet's RTMDetInsHead, rows are resized by the width's factor.
+    """
+    logits = cv2.resize(logits, size[::-1])
+    height, width = (math.ceil(a * (1 / b)) for a, b in zip(size, factors))
+    logits = cv2.resize(logits, (width, height))[: shape[0], : shape[1]]
+    return 1 / (1 + np.exp(-logits))
+
+
 def load_exported(path: Path) -> Tuple[Predict, List[str]]:
     """Load an exported file: what finds objects in an image, and classes."""
     open_file = open_onnx if path.suffix == '.onnx' else open_openvino
@@ -166,12 +180,19 @@ def load_exported(path: Path) -> Tuple[Predict, List[str]]:
         dets, labels, *masks = (output[0] for output in session(images))
         real = labels >= 0
         boxes = np.minimum(dets[real, :4], np.float32(size * 2))
-        boxes /= np.tile(factors, 2)
-        if masks:
+        boxes /= np.float32(factors * 2)
+        shape = image.shape[:2]
+        if notes['mask_grid'] == 'image':
             masks = [
-                spread(mask, box, image.shape[:2]) >= notes['mask_threshold']
+                unpad(mask, images.shape[2:], factors, shape)
+                for mask in masks[0][real]
+            ]
+        elif masks:
+            masks = [
+                spread(mask, box, shape)
                 for mask, box in zip(masks[0][real], boxes)
             ]
+        masks = [mask >= notes['mask_threshold'] for mask in masks]
         return Found(boxes, dets[real, 4], labels[real], masks)
 
     return predict, notes['classes']

@@ -1,19 +1,21 @@
 """Score an exported detector as mmdet scores the original."""
 
-from typing import Dict, Iterator, List
+from math import ceil
+from typing import Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
 from mmdet.models import BaseDetector
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.registry import DATASETS, MODELS
-from mmdet.structures import SampleList
+from mmdet.structures import DetDataSample, SampleList
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Size, Tensor
+from torch.nn.functional import interpolate
 
 from .export import Session
 
@@ -28,24 +30,28 @@ class ExportedDetector(BaseDetector):
 
     Args:
         session (Session): See :func:`~fasternet_det.deploy.export.load`.
-        data_preprocessor (dict): The original's config.
-        mask_thr_binary (float): Probability from which on a pixel belongs to
-            a mask. Defaults to 0.5.
-        pixels (bool): Whether the graph takes images as they are read, so
-            that nothing is left to the preprocessor. Defaults to False.
+        data_preprocessor (dict): The original's config; not used by a graph
+            that takes images as they are read.
+        metadata (dict, optional): See
+            :func:`~fasternet_det.deploy.metadata.describe`. Defaults to None:
+            normalised images, and masks within boxes of 0.5 and more.
     """
 
     def __init__(
         self,
         session: Session,
         data_preprocessor: dict,
-        mask_thr_binary: float = 0.5,
-        pixels: bool = False,
+        metadata: Optional[dict] = None,
     ) -> None:
-        super().__init__(AS_READ if pixels else data_preprocessor)
-        self.dtype = np.uint8 if pixels else np.float32
+        notes = metadata or {}
+        self.dtype = notes.get('dtype', 'float32')
+        as_read = self.dtype == 'uint8'
+        super().__init__(AS_READ if as_read else data_preprocessor)
         self.session = session
-        self.mask_cfg = Config(dict(mask_thr_binary=mask_thr_binary))
+        self.on_image = notes.get('mask_grid') == 'image'
+        self.mask_cfg = Config(
+            dict(mask_thr_binary=notes.get('mask_threshold') or 0.5)
+        )
         self.mask_head = FCNMaskHead(num_convs=0, class_agnostic=True)
 
     def predict(
@@ -78,7 +84,7 @@ class ExportedDetector(BaseDetector):
                 scores=dets[kept, 4],
                 labels=labels[kept],
             )
-            if masks:
+            if masks and not self.on_image:
                 # scales the boxes too
                 (result,) = self.mask_head.predict_by_feat(
                     (masks[0][kept][:, None],),
@@ -90,8 +96,29 @@ class ExportedDetector(BaseDetector):
                 )
             elif rescale:
                 result.bboxes /= dets.new_tensor(sample.scale_factor * 2)
+            if self.on_image:
+                result.masks = self._spread(
+                    masks[0][kept], batch_inputs.shape[2:], sample, rescale
+                )
             results.append(result)
         return self.add_pred_to_datasample(batch_data_samples, results)
+
+    def _spread(
+        self, logits: Tensor, size: Size, sample: DetDataSample, rescale: bool
+    ) -> Tensor:
+        """Masks of logits (n, h, w) over the input, as mmdet's RTMDet-Ins."""
+        shape = sample.ori_shape if rescale else size
+        if not len(logits):
+            return logits.new_zeros((0, *shape), dtype=torch.bool)
+        logits = interpolate(logits[None], size, mode='bilinear')
+        if rescale:  # rows by the width's factor, as there
+            size = [
+                ceil(a * (1 / b)) for a, b in zip(size, sample.scale_factor)
+            ]
+            logits = interpolate(logits, size, mode='bilinear')
+        height, width = shape
+        logits = logits[0, :, :height, :width]
+        return logits.sigmoid() > self.mask_cfg.mask_thr_binary
 
     def loss(self, *_: object) -> None:
         """Refuse to train."""

@@ -48,6 +48,10 @@ def describe(
         )
     swaps = cfg.get('bgr_to_rgb') or cfg.get('rgb_to_bgr')
     order = 'RGB' if swaps and not pixels else 'BGR'
+    in_boxes = 'rcnn' in test_cfg
+    threshold = (test_cfg.rcnn if in_boxes else test_cfg).get(
+        'mask_thr_binary'
+    )
     return dict(
         fasternet_det=__version__,
         classes=classes,
@@ -58,7 +62,8 @@ def describe(
         std=None if pixels else cfg.get('std'),
         pad_divisor=1 if pixels else cfg.get('pad_size_divisor', 1),
         pad_value=cfg.get('pad_value', 0),
-        mask_threshold=test_cfg.get('rcnn', test_cfg).get('mask_thr_binary'),
+        mask_threshold=threshold,
+        mask_grid=threshold and ('box' if in_boxes else 'image'),
         **reading,
     )
 

@@ -291,7 +291,7 @@ def test_pixels(shape, retinanet, exported, pixels, raw_tiles):
 
 def test_pixels_by_mmdets_loop(retinanet, pixels, raw_tiles):
     """Two images in uint8, as a data loader gives them."""
-    exported = ExportedDetector(load(pixels), None, pixels=True)
+    exported = ExportedDetector(load(pixels), None, dict(dtype='uint8'))
     data = dict(inputs=list(raw_tiles), data_samples=samples(raw_tiles))
     with torch.no_grad():
         expected = retinanet[1].test_step(copy.deepcopy(data))

@@ -26,6 +26,7 @@ COCO = dict(
     pad_divisor=32,
     pad_value=0,
     mask_threshold=None,
+    mask_grid=None,
 )
 READING = ('color_type', 'to_float32', 'scale', 'keep_ratio') + (
     *('pad_size', 'pad_pixel'),
@@ -49,7 +50,7 @@ def config(coco):
     [
         (
             'fasternet/mask-rcnn_fasternet-t0_fpn_1x_coco.py',
-            dict(mask_threshold=0.5),
+            dict(mask_threshold=0.5, mask_grid='box'),
         ),
         (
             'fasternet/rtmdet_fasternet-t0_8xb32-300e_coco.py',
@@ -91,6 +92,12 @@ def test_of_pixels(config):
         std=None,
         pad_divisor=1,
     )
+
+
+def test_of_masks_over_images(config):
+    config.model.test_cfg.mask_thr_binary = 0.4  # as of RTMDet-Ins
+    found = describe(config)
+    assert (found['mask_threshold'], found['mask_grid']) == (0.4, 'image')
 
 
 def pipeline(config, *steps):

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import cv2
 import numpy as np
@@ -12,13 +13,17 @@ import onnx
 import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
+from mmdet.models.dense_heads import RTMDetInsHead
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
+from fasternet_det.deploy.evaluate import ExportedDetector
 from fasternet_det.deploy.export import export
 from fasternet_det.deploy.metadata import describe
 
@@ -161,7 +166,7 @@ def test_same_pixels_as_mmdet(name, channels, dtype, shape, tmp_path):
         inputs = resized[None] if pixels else expected['inputs']
         assert found.dtype == inputs.numpy().dtype
         assert np.array_equal(found, inputs)
-        assert factors.tolist() == pytest.approx(sample.scale_factor)
+        assert factors == sample.scale_factor
         assert limits == sample.img_shape[::-1]
 
 
@@ -203,6 +208,56 @@ def test_errors(args, message, bare, tmp_path, monkeypatch, capsys):
         run(monkeypatch, *args)
     assert message in f'{raised.value.code} {capsys.readouterr().err}'
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize('ori_shape', [(60, 101), (427, 320), (90, 50)])
+def test_masks_over_images(ori_shape):
+    """As RTMDet-Ins: by the tool, by an ExportedDetector, and by mmdet."""
+    height, width = ori_shape
+    factor = min(160 / height, 160 / width)
+    resized = int(height * factor + 0.5), int(width * factor + 0.5)
+    factors = resized[1] / width, resized[0] / height
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(1, 2, 20, 20)).astype(np.float32)
+    sample = DetDataSample(
+        metainfo=dict(
+            img_shape=(160, 160), ori_shape=ori_shape, scale_factor=factors
+        )
+    )
+    dets = np.float32([[[1, 2, 90, 80, 0.9], [0, 0, 0, 0, 0]]])
+    outputs = [dets, np.array([[0, -1]]), logits]
+    detector = ExportedDetector(
+        lambda _: outputs, None, dict(mask_threshold=0.4, mask_grid='image')
+    )
+    (found,) = detector.predict(torch.zeros(1, 3, 160, 160), [sample])
+    found = found.pred_instances
+    alone = tool['unpad'](logits[0, 0], (160, 160), factors, ori_shape) > 0.4
+
+    head = RTMDetInsHead.__new__(RTMDetInsHead)
+    torch.nn.Module.__init__(head)
+    head.prior_generator = Namespace(strides=[(8, 8)])
+    head._mask_predict_by_feat_single = lambda *_: torch.from_numpy(
+        logits[0, :1]
+    )
+    results = InstanceData(
+        bboxes=torch.from_numpy(dets[0, :1, :4]),
+        scores=torch.ones(1),
+        labels=torch.zeros(1, dtype=torch.int64),
+        kernels=torch.zeros(1),
+        priors=torch.zeros(1),
+    )
+    cfg = ConfigDict(
+        nms=dict(type='nms', iou_threshold=0.6),
+        max_per_img=100,
+        mask_thr_binary=0.4,
+    )
+    expected = head._bbox_mask_post_process(
+        results, None, cfg, rescale=True, img_meta=sample.metainfo
+    )
+    assert torch.equal(found.masks, expected.masks)
+    torch.testing.assert_close(found.bboxes, expected.bboxes)
+    assert 0.2 < alone.mean() < 0.9
+    assert (alone != expected.masks[0].numpy()).mean() < 1e-3
 
 
 @pytest.mark.parametrize('first', [0, 1])
