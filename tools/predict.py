@@ -11,6 +11,7 @@ results.json, COCO's list of results, of all detections.
 import argparse
 import json
 import math
+import pickle
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
@@ -338,7 +339,7 @@ def main() -> None:
             if args.checkpoint
             else load_exported(args.model)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
         sys.exit(f'Nothing was written: {error}')
     args.out.mkdir(parents=True)
     found = []

@@ -13,6 +13,7 @@ import torch.nn as nn
 from mmcv.ops import RoIAlign
 from mmdet.models import BaseDetector, DetDataPreprocessor
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..data_preprocessor import MultiChannelDataPreprocessor
 from ..layers import SAConv
@@ -110,22 +111,18 @@ class Pixels(nn.Module):
         Returns:
             What the graph gives.
         """
-        # as in mmengine's ImgDataPreprocessor, which reads shapes as numbers
-        todo = self.preprocessor
+        # as mmengine's ImgDataPreprocessor does, which takes sides for numbers
+        wanted = self.preprocessor
         images = images.float()
-        if todo._channel_conversion:
+        if wanted._channel_conversion:
             images = images.flip(1)
-        if todo._enable_normalize:
-            images = (images - todo.mean) / todo.std
-        divisor = todo.pad_size_divisor
-        height, width = images.shape[-2:]
-        return self.normalised(
-            nn.functional.pad(
-                images,
-                (0, -width % divisor, 0, -height % divisor),
-                value=todo.pad_value,
-            )
+        if wanted._enable_normalize:
+            images = (images - wanted.mean) / wanted.std
+        bottom, right = (
+            -side % wanted.pad_size_divisor for side in images.shape[2:]
         )
+        images = pad(images, (0, right, 0, bottom), value=wanted.pad_value)
+        return self.normalised(images)
 
 
 def to_onnx(
@@ -173,7 +170,7 @@ def to_onnx(
                 'has no such operator; train it with use_deform=False'
             )
     whole = isinstance(folded, BaseDetector)
-    graph = inner = end_to_end(folded) if whole else folded
+    graph = end_to_end(folded) if whole else folded
     # The first that says so: mmdet's own backbones do not, their stem does.
     in_channels = next(
         module.in_channels
@@ -183,15 +180,14 @@ def to_onnx(
     # torch takes a size of 1 in its example for a constant, and RetinaNet's
     # last level is at stride 128.
     images = torch.zeros(2, in_channels, 384, 512)
-    if preprocessor is not None:
-        graph, images = Pixels(inner, preprocessor), images.byte()
+    pixels = preprocessor is not None
     program = torch.export.export(
-        graph,
-        (images,),
+        Pixels(graph, preprocessor) if pixels else graph,
+        (images.byte() if pixels else images,),
         dynamic_shapes=({dim: torch.export.Dim.DYNAMIC for dim in DIMS},),
     )
     if whole:
-        names = inner.names
+        names = graph.names
     elif getattr(folded, 'fork_feat', True):
         count = len(program.graph_signature.user_outputs)
         names = [f'map{i}' for i in range(count)]

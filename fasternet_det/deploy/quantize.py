@@ -218,20 +218,19 @@ def _layers(
         elif node.op_type not in ('QuantizeLinear', 'DequantizeLinear'):
             continue
         both.graph.node.append(node)
-    made = {name for node in both.graph.node for name in node.output}
+    nodes = both.graph.node
+    made = {name for node in nodes for name in node.output}
     squares = {}  # of an output, and of what 8 bits before and of it change
     for name, output in twins.items():
-        others = {f'{output}/int8', output + DEQUANT_OUTPUT_SUFFIX} & made
-        squares[name] = [f'{tensor}/square' for tensor in (output, *others)]
-        for other in others:
-            both.graph.node.append(
-                make_node('Sub', [output, other], [f'{other}/change'])
-            )
-        for tensor, square in zip((output, *others), squares[name]):
-            source = tensor if tensor == output else f'{tensor}/change'
-            both.graph.node.append(
-                make_node('ReduceSumSquare', [source], [square], keepdims=0)
-            )
+        tensors = [output]
+        for other in {f'{output}/int8', output + DEQUANT_OUTPUT_SUFFIX} & made:
+            tensors.append(f'{other}/change')
+            nodes.append(make_node('Sub', [output, other], tensors[-1:]))
+        squares[name] = [f'{tensor}/square' for tensor in tensors]
+        nodes.extend(
+            make_node('ReduceSumSquare', [tensor], [square], keepdims=0)
+            for tensor, square in zip(tensors, squares[name])
+        )
     outputs = sum(squares.values(), [])
     values = dict(zip(outputs, np.sum(_run(both, outputs, images), 0)))
     layers, noise = defaultdict(list), defaultdict(float)

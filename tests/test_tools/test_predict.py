@@ -137,6 +137,17 @@ def test_config_and_checkpoint(mask_rcnn, images, tmp_path, monkeypatch):
     compare(tmp_path / 'a' / 'found', model, images)
 
 
+def test_checkpoints_are_read_safely(images, tmp_path, monkeypatch):
+    torch.save(dict(state_dict={}, harm=Path('harm')), tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match='written: .* could execute code'):
+        run(
+            monkeypatch,
+            *(MASK_RCNN, images, '--checkpoint', tmp_path / 'a.pth'),
+            *('--out', tmp_path / 'found'),
+        )
+    assert not (tmp_path / 'found').exists()
+
+
 @pytest.mark.parametrize('shape', [(60, 101), (233, 97)])
 @pytest.mark.parametrize(
     'name, channels, dtype',
