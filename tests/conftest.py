@@ -26,14 +26,13 @@ IS_OLD = digit_version(torch.__version__) < digit_version(MINIMUM_TORCH)
 collect_ignore = [
     f'test_deploy/test_{name}.py'
     for name in (
-        'batches',
-        'decode',
-        'export',
-        'hook',
-        'optimize',
-        'precision',
+        *('batches', 'decode', 'export', 'hook', 'optimize', 'precision'),
+        'quantize',
     )
-] + ['test_tools/test_benchmark.py', 'test_tools/test_export_tool.py']
+] + [
+    f'test_tools/test_{name}.py'
+    for name in ('benchmark', 'compatibility', 'export_tool', 'predict')
+]
 if not IS_OLD:
     collect_ignore = []
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 
 import fasternet_det
@@ -58,7 +60,7 @@ def reader(project, site, imagenet):
     """
     folder = project.folder
     (folder / 'tools').symlink_to(ROOT / 'tools')
-    for name in ('my_config', 'my_fast_config'):
+    for name in ('my_config', 'my_fast_config', 'run_onnx'):
         (code,) = re.findall(
             rf'```python\n(# {name}.py\n.*?)```', README, re.S
         )
@@ -168,15 +170,49 @@ def run_export(command, reader, tmp_path):
     ending = '_int8' * int8 + ('.xml' if openvino else '.onnx')
     assert name == 'my_config' + ending
     assert 150 < float(size) < 170 or int8  # of 40.2 million parameters
-    for scored in ('PyTorch', name) * ('--evaluate' in command):
+    for scored in ('PyTorch', 'INT8', name) * ('--max-drop' in command):
         assert re.search(rf'^{scored}: coco/bbox_mAP \d', said, re.M)
     session = load(
         reader.folder / name, 'openvino' if openvino else 'onnxruntime'
     )
     for height, width in ((128, 128), (256, 320)):
-        images = torch.rand(1, 3, height, width).numpy()
-        dets, labels = session(images)
+        images = np.random.rand(1, 3, height, width)
+        dtype = np.uint8 if '--pixels' in command else np.float32
+        dets, labels = session((images * 255).astype(dtype))
         assert dets.shape == (1, 100, 5) and labels.shape == (1, 100)
+
+
+def run_predict(command, reader, tmp_path):
+    said = reader(command)
+    folder = reader.folder / command.split()[-1]
+    results = json.loads((folder / 'results.json').read_text())
+    assert f'{len(results)} detections in 4 images' in said
+    assert len(list(folder.glob('*.png'))) == 4
+
+
+def run_onnx(command, reader, tmp_path):
+    """It finds what mmdet finds."""
+    code = (reader.folder / 'run_onnx.py').read_text()
+    assert len(code.splitlines()) <= 20
+    # after one epoch, all scores are low
+    shown = code.replace('score > 0.3', 'label >= 0')
+    assert shown != code
+    (reader.folder / 'run_onnx.py').write_text(shown)
+    model, image = command.split()[-2:]
+    found = [line.split() for line in reader(command).splitlines()]
+    detector = init_detector(
+        str(reader.folder / 'my_config.py'),
+        str(reader.folder / 'work_dirs/my_config/epoch_12.pth'),
+        device='cpu',
+    )
+    expected = inference_detector(detector, str(reader.folder / image))
+    expected = expected.pred_instances
+    assert len(found) == len(expected) > 0
+    for (name, score, *box), b, s in zip(
+        found, expected.bboxes.tolist(), expected.scores
+    ):
+        assert name == 'nucleus' and score == f'{s:.2f}'
+        assert list(map(float, box)) == pytest.approx(b, abs=1e-2)
 
 
 def run_convert(command, reader, tmp_path):
@@ -216,6 +252,8 @@ RUNNERS = {
     'python tools/test.py': run_test,
     'python tools/benchmark.py': run_elsewhere,
     'python tools/export.py': run_export,
+    'python tools/predict.py': run_predict,
+    'python run_onnx.py': run_onnx,
     'python tools/convert_checkpoint.py': run_convert,
     'python tools/compare.py': run_elsewhere,
     'python tools/get_flops.py': run_flops,
@@ -228,7 +266,12 @@ RUNNERS = {
         pytest.param(command, marks=[pytest.mark.deploy] * needs_deploy)
         for command in COMMANDS
         for needs_deploy in [
-            bool(re.search(r'\[deploy\]|my_fast_config|export.py', command))
+            bool(
+                re.search(
+                    r'\[deploy\]|my_fast_config|export.py|predict|onnx',
+                    command,
+                )
+            )
         ]
     ],
 )

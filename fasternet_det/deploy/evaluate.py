@@ -1,21 +1,25 @@
 """Score an exported detector as mmdet scores the original."""
 
-from typing import Dict, Iterator, List
+from math import ceil
+from typing import Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
 from mmdet.models import BaseDetector
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.registry import DATASETS, MODELS
-from mmdet.structures import SampleList
+from mmdet.structures import DetDataSample, SampleList
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Size, Tensor
+from torch.nn.functional import interpolate
 
 from .export import Session
+
+AS_READ = dict(type='DetDataPreprocessor')  # neither normalises nor pads
 
 
 class ExportedDetector(BaseDetector):
@@ -26,20 +30,28 @@ class ExportedDetector(BaseDetector):
 
     Args:
         session (Session): See :func:`~fasternet_det.deploy.export.load`.
-        data_preprocessor (dict): The original's config.
-        mask_thr_binary (float): Probability from which on a pixel belongs to
-            a mask. Defaults to 0.5.
+        data_preprocessor (dict): The original's config; not used by a graph
+            that takes images as they are read.
+        metadata (dict, optional): See
+            :func:`~fasternet_det.deploy.metadata.describe`. Defaults to None:
+            normalised images, and masks within boxes of 0.5 and more.
     """
 
     def __init__(
         self,
         session: Session,
         data_preprocessor: dict,
-        mask_thr_binary: float = 0.5,
+        metadata: Optional[dict] = None,
     ) -> None:
-        super().__init__(data_preprocessor)
+        notes = metadata or {}
+        self.dtype = notes.get('dtype', 'float32')
+        as_read = self.dtype == 'uint8'
+        super().__init__(AS_READ if as_read else data_preprocessor)
         self.session = session
-        self.mask_cfg = Config(dict(mask_thr_binary=mask_thr_binary))
+        self.on_image = notes.get('mask_grid') == 'image'
+        self.mask_cfg = Config(
+            dict(mask_thr_binary=notes.get('mask_threshold') or 0.5)
+        )
         self.mask_head = FCNMaskHead(num_convs=0, class_agnostic=True)
 
     def predict(
@@ -51,7 +63,7 @@ class ExportedDetector(BaseDetector):
         """Detect; see :meth:`mmdet.models.SingleStageDetector.predict`.
 
         Args:
-            batch_inputs (Tensor): Normalised images of shape (N, 3, H, W).
+            batch_inputs (Tensor): What the preprocessor gives, (N, C, H, W).
             batch_data_samples (list[DetDataSample]): What is known of them.
             rescale (bool): Whether to give boxes of the original images
                 instead of the resized ones. Defaults to True.
@@ -59,7 +71,7 @@ class ExportedDetector(BaseDetector):
         Returns:
             list[DetDataSample]: The samples with ``pred_instances``.
         """
-        outputs = self.session(batch_inputs.cpu().numpy())
+        outputs = self.session(batch_inputs.cpu().numpy().astype(self.dtype))
         results = []
         for sample, dets, labels, *masks in zip(
             batch_data_samples, *map(torch.from_numpy, outputs)
@@ -72,7 +84,7 @@ class ExportedDetector(BaseDetector):
                 scores=dets[kept, 4],
                 labels=labels[kept],
             )
-            if masks:
+            if masks and not self.on_image:
                 # scales the boxes too
                 (result,) = self.mask_head.predict_by_feat(
                     (masks[0][kept][:, None],),
@@ -84,8 +96,29 @@ class ExportedDetector(BaseDetector):
                 )
             elif rescale:
                 result.bboxes /= dets.new_tensor(sample.scale_factor * 2)
+            if self.on_image:
+                result.masks = self._spread(
+                    masks[0][kept], batch_inputs.shape[2:], sample, rescale
+                )
             results.append(result)
         return self.add_pred_to_datasample(batch_data_samples, results)
+
+    def _spread(
+        self, logits: Tensor, size: Size, sample: DetDataSample, rescale: bool
+    ) -> Tensor:
+        """Masks of logits (n, h, w) over the input, as mmdet's RTMDet-Ins."""
+        shape = sample.ori_shape if rescale else size
+        if not len(logits):
+            return logits.new_zeros((0, *shape), dtype=torch.bool)
+        logits = interpolate(logits[None], size, mode='bilinear')
+        if rescale:  # rows by the width's factor, as there
+            size = [
+                ceil(a * (1 / b)) for a, b in zip(size, sample.scale_factor)
+            ]
+            logits = interpolate(logits, size, mode='bilinear')
+        height, width = shape
+        logits = logits[0, :, :height, :width]
+        return logits.sigmoid() > self.mask_cfg.mask_thr_binary
 
     def loss(self, *_: object) -> None:
         """Refuse to train."""
@@ -125,19 +158,26 @@ def _piped(dataset: ConfigDict, pipeline: List[dict]) -> dict:
     return dict(dataset, pipeline=pipeline)
 
 
-def calibration_images(config: Config, count: int) -> Iterator[np.ndarray]:
+def calibration_images(
+    config: Config, count: int, pixels: bool = False
+) -> Iterator[np.ndarray]:
     """Images of a config's training split, prepared as its tests do.
 
     Args:
         config (Config): The detector's config.
         count (int): How many, spread over the split.
+        pixels (bool): Whether to leave them as they are read and resized.
+            Defaults to False.
 
     Yields:
-        ndarray: Normalised images of shape (1, C, H, W), float32.
+        ndarray: Images of shape (1, C, H, W), normalised float32 or uint8.
     """
     pipeline = config.test_dataloader.dataset.pipeline
     dataset = DATASETS.build(_piped(config.train_dataloader.dataset, pipeline))
-    preprocess = MODELS.build(config.model.data_preprocessor)
+    preprocess = MODELS.build(
+        AS_READ if pixels else config.model.data_preprocessor
+    )
+    dtype = np.uint8 if pixels else np.float32
     for i in np.linspace(0, len(dataset) - 1, count).round().astype(int):
         batch = pseudo_collate([dataset[int(i)]])
-        yield preprocess(batch)['inputs'].numpy()
+        yield preprocess(batch)['inputs'].numpy().astype(dtype)

@@ -10,8 +10,12 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Union
 import numpy as np
 import torch
 import torch.nn as nn
-from mmdet.models import BaseDetector
+from mmcv.ops import RoIAlign
+from mmdet.models import BaseDetector, DetDataPreprocessor
+from torch import Tensor
+from torch.nn.functional import pad
 
+from ..data_preprocessor import MultiChannelDataPreprocessor
 from ..layers import SAConv
 from .decode import EndToEnd, nms, roi_align
 from .fold import fold
@@ -21,22 +25,20 @@ try:
     import onnx
     import onnxruntime
     import openvino
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantType,
-        quantize_static,
-    )
-    from onnxscript import opset20 as op
+    from onnxscript import opset18 as op
+
+    from .quantize import quantize
 except ImportError as error:
     raise ImportError(
         f'export needs {error.name}, which this environment lacks: run\n'
         "    pip install 'fasternet_det[deploy]'"
     ) from error
 
+OLDEST_OPSET = 17
 OPSET = 20  # the first in which GELU is one operator
+ROI_ALIGN_OPSET = 21  # the last whose RoiAlign ONNX Runtime computes
+NEWEST_OPSET = 25
 INPUT = 'input'
-# What becomes 8 bits wide: all that FasterNet has between convolutions.
-QUANTIZED = ['Conv', 'Split', 'Concat', 'Add', 'Relu', 'Gelu', 'Resize']
 DIMS = {0: 'batch', 2: 'height', 3: 'width'}
 
 Session = Callable[[np.ndarray], List[np.ndarray]]
@@ -71,25 +73,95 @@ def _roi_align(
 TRANSLATIONS = {nms._opoverload: _nms, roi_align._opoverload: _roi_align}
 
 
-def to_onnx(model: nn.Module) -> onnx.ModelProto:
+class Pixels(nn.Module):
+    """A graph with its normalisation and padding: from images as read.
+
+    Args:
+        graph (nn.Module): From normalised images to what it gives.
+        preprocessor (DetDataPreprocessor): mmdet's, or ours for many
+            channels.
+
+    Raises:
+        ValueError: If it is another.
+    """
+
+    def __init__(
+        self, graph: nn.Module, preprocessor: DetDataPreprocessor
+    ) -> None:
+        super().__init__()
+        if type(preprocessor) not in (
+            DetDataPreprocessor,
+            MultiChannelDataPreprocessor,
+        ):
+            raise ValueError(
+                f'cannot export {type(preprocessor).__name__}: expected a '
+                'DetDataPreprocessor, or a MultiChannelDataPreprocessor; '
+                'export the graph of normalised images'
+            )
+        self.normalised = graph
+        self.preprocessor = preprocessor
+
+    def forward(self, images: Tensor) -> Any:
+        """Normalise, pad and run the graph.
+
+        Args:
+            images (Tensor): Of shape (N, C, H, W), uint8; three channels as
+                OpenCV reads them, BGR.
+
+        Returns:
+            What the graph gives.
+        """
+        # as mmengine's ImgDataPreprocessor does, which takes sides for numbers
+        wanted = self.preprocessor
+        images = images.float()
+        if wanted._channel_conversion:
+            images = images.flip(1)
+        if wanted._enable_normalize:
+            images = (images - wanted.mean) / wanted.std
+        bottom, right = (
+            -side % wanted.pad_size_divisor for side in images.shape[2:]
+        )
+        images = pad(images, (0, right, 0, bottom), value=wanted.pad_value)
+        return self.normalised(images)
+
+
+def to_onnx(
+    model: nn.Module,
+    opset: int = OPSET,
+    preprocessor: Optional[DetDataPreprocessor] = None,
+) -> onnx.ModelProto:
     """Fold a model and express it in ONNX's standard operators.
 
     Args:
         model (nn.Module): A backbone or detector that :func:`fold` takes, in
             eval mode and not folded. It is left as it is.
+        opset (int): Version of the operators, from 17 to 25, or, with
+            RoIAlign, 21. Below 20, GELU is spelt out. Defaults to 20.
+        preprocessor (DetDataPreprocessor, optional): What normalises the
+            model's images; given that, the graph takes images as they are
+            read, by :class:`Pixels`. Defaults to None.
 
     Returns:
         onnx.ModelProto: Its input, ``input``, takes normalised images of any
-        shape (N, C, H, W) that the model takes. Its outputs are the feature
-        maps, ``map0`` and on, or the logits; of a detector, ``dets``,
+        shape (N, C, H, W) that the model takes, or uint8. Its outputs are the
+        feature maps, ``map0`` and on, or the logits; of a detector, ``dets``,
         ``labels`` and, where it has them, ``masks``, as
         :class:`~fasternet_det.deploy.decode.EndToEnd` describes.
 
     Raises:
         RuntimeError: If torch is too old to export.
-        ValueError: If the model cannot be folded or exported.
+        ValueError: If the model cannot be folded or exported, or the opset
+            is out of range.
     """
     check_torch('export')
+    newest = NEWEST_OPSET
+    if any(isinstance(module, RoIAlign) for module in model.modules()):
+        newest = ROI_ALIGN_OPSET
+    if not OLDEST_OPSET <= opset <= newest:
+        raise ValueError(
+            f'expected an opset from {OLDEST_OPSET} to {newest} for this '
+            f'{type(model).__name__}, got {opset}'
+        )
     folded = fold(model)
     for name, module in folded.named_modules():
         if isinstance(module, SAConv):  # which else is folded away
@@ -107,9 +179,11 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
     )
     # torch takes a size of 1 in its example for a constant, and RetinaNet's
     # last level is at stride 128.
+    images = torch.zeros(2, in_channels, 384, 512)
+    pixels = preprocessor is not None
     program = torch.export.export(
-        graph,
-        (torch.zeros(2, in_channels, 384, 512),),
+        Pixels(graph, preprocessor) if pixels else graph,
+        (images.byte() if pixels else images,),
         dynamic_shapes=({dim: torch.export.Dim.DYNAMIC for dim in DIMS},),
     )
     if whole:
@@ -123,11 +197,27 @@ def to_onnx(model: nn.Module) -> onnx.ModelProto:
         program,
         input_names=[INPUT],
         output_names=list(names),
-        opset_version=OPSET,
+        opset_version=max(opset, 18),  # torch knows none before
         custom_translation_table=TRANSLATIONS,
         verbose=False,
     ).model_proto
+    if opset == 17:
+        _lower(proto)
     return _tidy(proto)
+
+
+def _lower(proto: onnx.ModelProto) -> None:
+    """Bring opset 18 down to 17: the same operators, spelt otherwise."""
+    constants = {weight.name: weight for weight in proto.graph.initializer}
+    for node in proto.graph.node:
+        schema = onnx.defs.get_schema(node.op_type, 17)
+        if len(node.input) > schema.max_input:  # axes, then an attribute
+            axes = onnx.numpy_helper.to_array(constants[node.input.pop()])
+            node.attribute.append(onnx.helper.make_attribute('axes', axes))
+        for attribute in list(node.attribute):
+            if attribute.name not in schema.attributes:  # at its default
+                node.attribute.remove(attribute)
+    proto.opset_import[0].version = 17
 
 
 def _tidy(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -150,69 +240,36 @@ def _tidy(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-class _Images(CalibrationDataReader):
-    """Calibration images, one after another."""
-
-    def __init__(self, images: Iterable[np.ndarray]) -> None:
-        self.images = iter(images)
-
-    def get_next(self) -> Optional[Dict[str, np.ndarray]]:
-        image = next(self.images, None)
-        return None if image is None else {INPUT: image}
-
-
-def _quantizable(graph: onnx.GraphProto) -> List[str]:
-    """Names of the nodes before the last convolutions.
-
-    Those give scores and deltas. They stay float32, and so does decoding: it
-    costs little, and AP hangs on it.
-    """
-    names, read = [], set()  # `read`: by a convolution, at once or later
-    for node in reversed(graph.node):
-        leads = not read.isdisjoint(node.output)
-        if leads and node.op_type in QUANTIZED:
-            names.append(node.name)
-        convolves = node.op_type in ('Conv', 'ConvTranspose')
-        if convolves or (leads and node.op_type != 'RoiAlign'):
-            # what is gathered, not where: that is of boxes
-            first_only = node.op_type.startswith('Gather')
-            read.update(node.input[:1] if first_only else node.input)
-    return names
-
-
-def _quantize(path: str, images: Iterable[np.ndarray]) -> None:
-    """Quantise an ONNX file to 8 bits, in place."""
-    quantize_static(
-        path,
-        path,
-        _Images(images),
-        op_types_to_quantize=QUANTIZED,
-        nodes_to_quantize=_quantizable(onnx.load(path).graph),
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-    )
-
-
 def export(
     model: nn.Module,
     path: Union[str, Path],
     metadata: Optional[Dict[str, Any]] = None,
     calibration: Optional[Iterable[np.ndarray]] = None,
-) -> None:
+    accept: Optional[Callable[[str], bool]] = None,
+    opset: int = OPSET,
+    preprocessor: Optional[DetDataPreprocessor] = None,
+) -> List[str]:
     """Fold a model and write it to one ONNX file, or to OpenVINO's two.
 
     Args:
         model (nn.Module): See :func:`to_onnx`.
         path (str | Path): New file, ending in .onnx or .xml; beside an .xml,
             OpenVINO keeps the weights in a .bin.
-        metadata (dict, optional): What a user of the file must know, such as
-            the mean and std of images. Written as JSON by key: to ONNX's
-            ``metadata_props``, or to OpenVINO's ``rt_info`` under
-            ``model_info``. Defaults to None.
-        calibration (Iterable[ndarray], optional): Normalised images
-            (N, C, H, W) to quantise the model to INT8 by. Defaults to None,
+        metadata (dict, optional): What a user of the file must know, as
+            :func:`~fasternet_det.deploy.metadata.describe` tells it. Written
+            as JSON by key: to ONNX's ``metadata_props``, or to OpenVINO's
+            ``rt_info`` under ``model_info``. Defaults to None.
+        calibration (Iterable[ndarray], optional): Images as the graph takes
+            them, (N, C, H, W), to quantise it to INT8 by. Defaults to None,
             float32.
+        accept (Callable, optional): Whether a quantised ONNX file, given its
+            path, is good enough; else layers fall back to float32, see
+            :func:`~fasternet_det.deploy.quantize.quantize`. Defaults to any.
+        opset (int): See :func:`to_onnx`.
+        preprocessor (DetDataPreprocessor, optional): See :func:`to_onnx`.
+
+    Returns:
+        list[str]: What stays in float32 for the sake of ``accept``.
 
     Raises:
         FileExistsError: If there is such a file.
@@ -222,15 +279,18 @@ def export(
     """
     path = Path(path)
     check_target(path)
-    proto = to_onnx(model)
+    proto, kept = to_onnx(model, opset, preprocessor), []
     notes = {k: json.dumps(v) for k, v in (metadata or {}).items()}
     # What fails leaves nothing half-written.
     with TemporaryDirectory(dir=path.parent) as folder:
         source = str(Path(folder, f'{path.stem}.onnx'))
-        onnx.save(proto, source)
+
+        def judge(form: onnx.ModelProto) -> bool:
+            onnx.save(form, source)
+            return accept is None or accept(source)
+
         if calibration is not None:
-            _quantize(source, calibration)
-            proto = onnx.load(source)
+            proto, kept = quantize(proto, calibration, judge)
         onnx.helper.set_model_props(proto, notes)
         onnx.save(proto, source)
         onnx.checker.check_model(source, full_check=True)
@@ -244,6 +304,7 @@ def export(
             os.replace(target, path)
         else:
             os.replace(source, path)
+    return kept
 
 
 def check_target(path: Path) -> None:
@@ -284,7 +345,7 @@ def load(
         precision (str): 'f32', or, for OpenVINO, 'bf16'. Defaults to 'f32'.
 
     Returns:
-        Callable: Takes images (N, C, H, W), float32; returns the outputs in
+        Callable: Takes images (N, C, H, W); returns the outputs in
         their order.
 
     Raises:

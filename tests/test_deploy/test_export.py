@@ -15,10 +15,11 @@ from mmdet.apis import init_detector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from fasternet_det import FasterNet, SPConv
+from fasternet_det import FasterNet, MultiChannelDataPreprocessor, SPConv
 from fasternet_det.deploy import fold
 from fasternet_det.deploy.end_to_end import end_to_end
 from fasternet_det.deploy.evaluate import (
@@ -27,6 +28,7 @@ from fasternet_det.deploy.evaluate import (
     evaluate,
 )
 from fasternet_det.deploy.export import export, load
+from fasternet_det.deploy.quantize import quantize
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 RETINANET = 'mini/retinanet_fasternet-t0_fpn_nuclei.py'
@@ -203,6 +205,22 @@ def tiles(retinanet, project, monkeypatch):
     return torch.from_numpy(np.concatenate(images))
 
 
+@pytest.fixture
+def raw_tiles(retinanet, project, monkeypatch):
+    """The same tiles as they are read and resized, in uint8."""
+    monkeypatch.chdir(project.folder)
+    images = list(calibration_images(retinanet[0], 2, pixels=True))
+    return torch.from_numpy(np.concatenate(images))
+
+
+@pytest.fixture(scope='module')
+def pixels(retinanet, tmp_path_factory):
+    """An export of the RetinaNet that takes images as they are read."""
+    path = tmp_path_factory.mktemp('pixels') / 'a.onnx'
+    export(retinanet[1], path, preprocessor=retinanet[1].data_preprocessor)
+    return path
+
+
 def test_calibration_images_of_nested_datasets(
     retinanet, project, monkeypatch
 ):
@@ -254,6 +272,50 @@ def test_metadata(exported):
     assert notes == dict(mean='[1, 2.5]', classes='["nucleus"]')
     read = openvino.Core().read_model(exported['openvino'])
     assert read.get_rt_info(['model_info', 'mean']).value == '[1, 2.5]'
+
+
+@pytest.mark.parametrize('shape', [(256, 256), (201, 203), (33, 250)])
+def test_pixels(shape, retinanet, exported, pixels, raw_tiles):
+    """What the preprocessor and the graph of normalised images give."""
+    height, width = shape
+    images = raw_tiles[:, :, :height, :width].contiguous()
+    assert images.dtype == torch.uint8
+    preprocess = retinanet[1].data_preprocessor
+    normalised = preprocess(dict(inputs=list(images), data_samples=None))
+    expected = load(exported['onnxruntime'])(normalised['inputs'].numpy())
+    dets, labels = load(pixels)(images.numpy())
+    assert (labels >= 0).sum(1).min() > 2
+    np.testing.assert_array_equal(labels, expected[1])
+    np.testing.assert_allclose(dets, expected[0], rtol=0, atol=1e-3)
+
+
+def test_pixels_by_mmdets_loop(retinanet, pixels, raw_tiles):
+    """Two images in uint8, as a data loader gives them."""
+    exported = ExportedDetector(load(pixels), None, dict(dtype='uint8'))
+    data = dict(inputs=list(raw_tiles), data_samples=samples(raw_tiles))
+    with torch.no_grad():
+        expected = retinanet[1].test_step(copy.deepcopy(data))
+    for a, b in zip(exported.test_step(data), expected, strict=True):
+        a, b = a.pred_instances, b.pred_instances
+        assert len(b) > 5 and torch.equal(a.labels, b.labels)
+        torch.testing.assert_close(a.bboxes, b.bboxes, atol=1e-3, rtol=0)
+
+
+def test_pixels_of_many_channels(tamed, tmp_path):
+    model = nn.Sequential(tamed(SPConv(8, 6, 3))).eval()
+    preprocess = MultiChannelDataPreprocessor(
+        mean=list(range(8)), std=list(range(8, 16)), pad_size_divisor=16
+    )
+    path = tmp_path / 'a.onnx'
+    export(model, path, preprocessor=preprocess)
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 9, 17))
+    (found,) = load(path)(images.astype(np.uint8))
+    inputs = list(torch.from_numpy(images))
+    inputs = preprocess(dict(inputs=inputs, data_samples=None))['inputs']
+    assert inputs.shape == (2, 8, 16, 32)
+    np.testing.assert_allclose(
+        found, model(inputs).detach(), rtol=0, atol=1e-4
+    )
 
 
 def test_ap(retinanet, exported, project, monkeypatch):
@@ -326,12 +388,21 @@ def test_seven_levels_at_any_size(randomise, tmp_path):
         images = torch.from_numpy(fill_input(0, shape))
         assert min(compare(session, model, images)) > 20
 
+    # calibrated where the last levels have a few pixels
+    small = [fill_input(i, (1, 3, 256, 256)) for i in range(2)]
+    onnx.save(
+        quantize(onnx.load(tmp_path / 'a.onnx'), small)[0], tmp_path / 'b.onnx'
+    )
+    dets, labels = load(tmp_path / 'b.onnx')(images.numpy())
+    assert (labels >= 0).sum() > 20
+
 
 @pytest.mark.parametrize(
-    'name, layers',
+    'name, opset, layers',
     [
         (
             MASK_RCNN,
+            17,
             (
                 *('rpn_head.rpn_cls', 'rpn_head.rpn_reg'),
                 *('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg'),
@@ -339,11 +410,12 @@ def test_seven_levels_at_any_size(randomise, tmp_path):
         ),
         (
             'mini/rtmdet_fasternet-t0_nuclei.py',
+            25,
             tuple(f'bbox_head.rtm_reg.{level}' for level in range(3)),
         ),
     ],
 )
-def test_other_detectors(name, layers, randomise, tmp_path):
+def test_other_detectors_and_opsets(name, opset, layers, randomise, tmp_path):
     init_default_scope('mmdet')
     model = MODELS.build(Config.fromfile(CONFIGS / name).model)
     randomise(model).eval()
@@ -351,11 +423,23 @@ def test_other_detectors(name, layers, randomise, tmp_path):
     # of 1e8 pixels, by exp, differ by more than 1e-3 from float64's anyway.
     for layer in layers:
         model.get_submodule(layer).weight.data *= 1e-2
-    export(model, tmp_path / 'a.onnx')
+    path = tmp_path / 'a.onnx'
+    export(model, path, opset=opset)
+    proto = onnx.load(path)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [('', opset)]
+    kinds = {node.op_type for node in proto.graph.node}
+    assert ('Gelu' in kinds) == ('Erf' not in kinds) == (opset >= 20)
     images = torch.from_numpy(fill_input(0, (2, 3, 128, 96)))
     for runtime in RUNTIMES:
-        session = ExportedDetector(load(tmp_path / 'a.onnx', runtime), None)
+        session = ExportedDetector(load(path, runtime), None)
         assert min(compare(session, model, images)) > 5
+
+    if name == MASK_RCNN:
+        # Two of the levels of images this small have no region.
+        small = [fill_input(i, (1, 3, 64, 64)) for i in range(2)]
+        onnx.save(quantize(proto, small)[0], path)
+        dets, labels, masks = load(path)(images.numpy())
+        assert (labels >= 0).sum() > 10 and (masks > 0.5).any()
 
 
 # ---- errors
@@ -447,11 +531,27 @@ def test_models_that_cannot_be_exported(tmp_path):
         export(model, tmp_path / 'a.onnx')
     with pytest.raises(ValueError, match='folded already'):
         export(fold(model.eval()), tmp_path / 'a.onnx')
+    for opset in (16, 26):
+        with pytest.raises(
+            ValueError, match=f'from 17 to 25 for this FasterNet, got {opset}'
+        ):
+            export(model, tmp_path / 'a.onnx', opset=opset)
+    with pytest.raises(ValueError, match='export BaseDataPreprocessor: exp'):
+        export(
+            *(model, tmp_path / 'a.onnx'), preprocessor=BaseDataPreprocessor()
+        )
     # fails far on, with the float file written
     images = iter([np.zeros((1, 4, 64, 64), np.float32)])
     with pytest.raises(Exception, match='Got: 4 Expected: 3'):
         export(model, tmp_path / 'a.onnx', calibration=images)
     assert not list(tmp_path.iterdir())
+
+
+def test_opset_of_regions(tmp_path):
+    init_default_scope('mmdet')
+    model = MODELS.build(Config.fromfile(CONFIGS / MASK_RCNN).model).eval()
+    with pytest.raises(ValueError, match='17 to 21 for this MaskRCNN, got 22'):
+        export(model, tmp_path / 'a.onnx', opset=22)
 
 
 def test_unknown_runtimes(tmp_path):

@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from fasternet_det.deploy.export import load
+from fasternet_det.deploy.metadata import describe
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / 'configs' / 'mini' / 'retinanet_fasternet-t0_fpn_nuclei.py'
@@ -54,31 +55,67 @@ def notes(path):
 
 
 def test_backbone(run, checkpoint, tmp_path):
-    done = run(CONFIG, checkpoint, '--what', 'backbone')
+    done = run(
+        *(CONFIG, checkpoint, '--what', 'backbone'),
+        *('--pixels', '--opset', '17'),
+    )
     assert done.returncode == 0, done.stderr
     path = tmp_path / f'{CONFIG.stem}_backbone.onnx'
     assert f'{path.name}: ' in done.stdout
-    maps = load(path)(torch.zeros(1, 3, 64, 64).numpy())
+    maps = load(path)(torch.zeros(1, 3, 64, 50, dtype=torch.uint8).numpy())
     assert [m.shape for m in maps] == [
         *((1, 80, 8, 8), (1, 160, 4, 4), (1, 320, 2, 2))
     ]
-    assert notes(path) == dict(
-        mean=[33.0] * 3, std=[24.0] * 3, bgr_to_rgb=True, pad_size_divisor=32
-    )
+    assert onnx.load(path).opset_import[0].version == 17
+    expected = describe(Config.fromfile(CONFIG), pixels=True)
+    assert notes(path) == json.loads(json.dumps(expected))
 
 
 def test_int8_for_openvino_scored(run, checkpoint, tmp_path):
     done = run(
-        *(CONFIG, checkpoint, '--format', 'openvino', '--int8', '--evaluate')
+        *(CONFIG, checkpoint, '--format', 'openvino', '--int8'),
+        *('--max-drop', '1'),
     )
     assert done.returncode == 0, done.stderr
     name = f'{CONFIG.stem}_int8.xml'
-    for scored in ('PyTorch', name):
+    # before anything, as first tried, and as written
+    for scored in ('PyTorch', 'INT8', name):
         assert f'\n{scored}: coco/bbox_mAP ' in done.stdout
     read = openvino.Core().read_model(tmp_path / name)
     assert read.get_rt_info(['model_info', 'classes']).value == '["nucleus"]'
     weights = (tmp_path / name).with_suffix('.bin')
     assert weights.stat().st_size < 0.35 * checkpoint.stat().st_size
+
+
+def test_max_drop(checkpoint, tmp_path, monkeypatch, capsys):
+    """Forms are refused if one AP, of boxes or of masks, falls by more."""
+    scores = iter(
+        dict(zip(('coco/bbox_mAP', 'coco/segm_mAP', 'coco/bbox_mAP_50'), aps))
+        for aps in (
+            *((0.5, 0.6, 0.9), (0.47, 0.6, 0.9), (0.5, 0.575, 0.9)),
+            *((0.485, 0.59, 0.5), (0.485, 0.59, 0.5)),
+        )
+    )
+    judged = []
+
+    def export(model, path, metadata, images, accept, *_):
+        judged.extend(accept(f'{i}.onnx') for i in range(3))
+        path.write_bytes(b'')
+        return ['neck.conv.weight', 'node_add']
+
+    monkeypatch.setitem(main.__globals__, 'export', export)
+    monkeypatch.setitem(main.__globals__, 'load', lambda *_: None)
+    monkeypatch.setitem(main.__globals__, 'evaluate', lambda *_: next(scores))
+    argv = ['export.py', CONFIG, checkpoint, '--int8', '--max-drop', '2']
+    monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
+    monkeypatch.chdir(tmp_path)
+    main()
+    assert judged == [False, False, True]
+    said = capsys.readouterr().out
+    assert 'PyTorch: coco/bbox_mAP 0.5000 coco/segm_mAP 0.6000 ' in said
+    assert 'INT8: coco/bbox_mAP 0.4700' in said
+    assert 'In float32, for --max-drop: neck.conv.weight, node_add\n' in said
+    assert f'{CONFIG.stem}_int8.onnx: coco/bbox_mAP 0.4850' in said
 
 
 @pytest.mark.parametrize(
@@ -91,8 +128,10 @@ def test_int8_for_openvino_scored(run, checkpoint, tmp_path):
         (
             CONFIG.name,
             ('--what', 'backbone', '--evaluate'),
-            '--evaluate needs --what detector',
+            '--evaluate and --max-drop need --what detector',
         ),
+        (CONFIG.name, ('--max-drop', '1'), '--max-drop needs --int8'),
+        (CONFIG.name, ('--opset', '26'), 'from 17 to 25 for this RetinaNet'),
     ],
 )
 def test_errors(
