@@ -25,7 +25,7 @@ class Twice(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.one = self.other = layer
-        self.none = None
+        self.register_module('none', None)
 
     def forward(self, x):
         return self.one(x) + self.other(x).relu()
@@ -42,6 +42,10 @@ MODULES = {
     'computed': (lambda: nn.Sequential(computed()), 0),
     'computed in a block': (
         lambda: ConvModule(6, 8, 3, norm_cfg=BN, with_spectral_norm=True),
+        0,
+    ),
+    'computed in a block without norm': (
+        lambda: ConvModule(6, 8, 3, with_spectral_norm=True),
         0,
     ),
     'act': (lambda: ConvModule(6, 8, 3, norm_cfg=BN), 1),

@@ -297,12 +297,23 @@ def test_precision_of_boxes(dtype, randomise):
     assert found.bboxes.dtype == torch.float32
 
 
-def test_other_pooling_reads_plain_memory(randomise):
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(sampling_ratio=2),  # more than a pixel apart
+        dict(pool_mode='max'),
+        dict(type='RoIPool', _delete_=True, output_size=7),
+    ],
+)
+def test_other_pooling_reads_plain_memory(changes, randomise):
     """mmcv's RoIAlign takes channels_last maps for (N, C, H, W), silently."""
-    model = build('mini/mask-rcnn_fasternet-t0_fpn_nuclei.py')
-    for layer in model.roi_head.bbox_roi_extractor.roi_layers:
-        layer.sampling_ratio = 2  # more than a pixel apart: not ours to pool
-    model = randomise(model).eval()
+    config = Config.fromfile(
+        CONFIGS / 'mini/mask-rcnn_fasternet-t0_fpn_nuclei.py'
+    )
+    config.merge_from_dict(
+        {'model.roi_head.bbox_roi_extractor.roi_layer': changes}
+    )
+    model = randomise(MODELS.build(config.model)).eval()
     maps = model.extract_feat(image(1, 3, 128, 128))
     rois = torch.tensor([[0.0, 3, 5, 90, 70]])
     expected = model.roi_head.bbox_roi_extractor(maps, rois)
