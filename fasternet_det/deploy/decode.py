@@ -12,17 +12,9 @@ not pass stays in its place with a score of -1, which NMS drops.
 
 import copy
 import math
+import re
 from contextlib import suppress
-from typing import (
-    Any,
-    Dict,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-)
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -35,17 +27,11 @@ from mmdet.models import (
     StandardRoIHead,
     TwoStageDetector,
 )
-from mmdet.models.dense_heads import (
-    GFLHead,
-    RPNHead,
-    RTMDetInsHead,
-    YOLOXHead,
-)
+from mmdet.models.dense_heads import GFLHead, RPNHead, RTMDetInsHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
-from mmdet.models.utils import empty_instances
 from mmdet.structures import DetDataSample, SampleList
 from mmdet.structures.bbox import bbox2roi
 from mmdet.utils import InstanceList
@@ -65,18 +51,10 @@ def nms(
     iou_threshold: float,
     score_threshold: float,
 ) -> Tensor:
-    """Stand for ONNX's NonMaxSuppression while a graph is recorded.
+    """Stand for ONNX's NonMaxSuppression-11 while a graph is recorded.
 
-    Args:
-        boxes (Tensor): Corners in pixels, of shape (N, K, 4).
-        scores (Tensor): Shape (N, C, K).
-        max_output (int): Most boxes to keep of each of the N * C.
-        iou_threshold (float): Boxes that overlap a better one more than that
-            are dropped.
-        score_threshold (float): Boxes must score higher than that.
-
-    Returns:
-        Tensor: N, C and K of what is kept, shape (M, 3), int64.
+    Boxes (N, K, 4), scores (N, C, K), then its parameters in their order; the
+    result, of shape (M, 3), holds N, C and K of what is kept.
     """
     raise NotImplementedError
 
@@ -97,19 +75,10 @@ def roi_align(
     sampling_ratio: int,
     spatial_scale: float,
 ) -> Tensor:
-    """Stand for ONNX's RoiAlign while a graph is recorded.
+    """Stand for ONNX's RoiAlign-16 while a graph is recorded.
 
-    Args:
-        feature (Tensor): Feature map of shape (N, C, H, W).
-        boxes (Tensor): Corners in pixels of the image, of shape (R, 4).
-        images (Tensor): Which of the N images each box is of, shape (R,).
-        height (int): Rows of the output.
-        width (int): Columns of the output.
-        sampling_ratio (int): Points a bin and axis; 0 adapts to the box.
-        spatial_scale (float): Pixels of the map for one of the image.
-
-    Returns:
-        Tensor: Shape (R, C, height, width).
+    A map (N, C, H, W), boxes (R, 4) in pixels of the image and the index of
+    their image (R,) make (R, C, height, width).
     """
     raise NotImplementedError
 
@@ -128,21 +97,9 @@ def _(
 
 # ---- what is known of a head
 
-
-# What a subclass of a known class may not compute in another way.
-METHODS = (
-    'predict',
-    'predict_by_feat',
-    'predict_bbox',
-    'predict_mask',
-    'regress_by_class',
-    '_predict_by_feat_single',
-    '_bbox_post_process',
-    '_bbox_mask_post_process',
-    '_mask_predict_by_feat_single',
-    '_bbox_forward',
-    '_mask_forward',
-    '_refine_roi',
+# Names of the methods that make detections of maps.
+DECODING = re.compile(
+    r'predict(?!or|ion)|post_process|_forward$|_refine_roi|regress_by_class'
 )
 
 
@@ -160,12 +117,12 @@ def _expect(condition: bool, module: nn.Module, what: str) -> None:
 
 
 def _check_methods(module: nn.Module, owner: type) -> None:
-    """Expect a module to predict by the methods of a class of mmdet."""
+    """Expect a module to decode by the methods of a class of mmdet."""
     _expect(
         isinstance(module, owner)
         and all(
-            getattr(type(module), name, None) is getattr(owner, name, None)
-            for name in METHODS
+            getattr(type(module), name) is getattr(owner, name, None)
+            for name in filter(DECODING.search, dir(type(module)))
         ),
         module,
         f'predicts as a {owner.__name__} does',
@@ -208,16 +165,6 @@ class Found(NamedTuple):
         """Image and corners, of shape (R, 5), as mmdet's extractors read."""
         return torch.cat((self.images[:, None], self.boxes), 1)
 
-    def split(self, num_images: int) -> InstanceList:
-        """Boxes, scores and labels by image."""
-        counts = self.images.bincount(minlength=num_images).tolist()
-        return [
-            InstanceData(bboxes=boxes, scores=scores, labels=labels)
-            for boxes, scores, labels in zip(
-                *(values.split(counts) for values in self[1:4])
-            )
-        ]
-
 
 def _recording() -> bool:
     return torch.compiler.is_compiling()
@@ -258,26 +205,21 @@ def _clip(boxes: Tensor, sizes: Tensor, coder: nn.Module) -> Tensor:
 
 
 def _select(
-    images: Tensor,
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor,
-    num_images: int,
-    cfg: dict,
-) -> Tuple[Tensor, Tensor, Tensor]:
+    found: Found, groups: Tensor, num_images: int, cfg: dict
+) -> Tuple[Tensor, Found]:
     """NMS within images and groups; the ``max_per_img`` best of an image.
 
     Args:
-        images (Tensor): Shape (K,).
-        boxes (Tensor): Shape (K, 4).
-        scores (Tensor): Shape (K,); -1 where there is nothing.
+        found (Found): K boxes in any order; a score of -1 where there is
+            nothing.
         groups (Tensor): Class or level, shape (K,).
         num_images (int): N.
         cfg (dict): ``nms``, ``max_per_img`` and ``min_bbox_size``.
 
     Returns:
-        tuple[Tensor]: Indices into K, images and scores, all (R,).
+        tuple[Tensor, Found]: Indices into K, and what they are of.
     """
+    images, boxes, scores, labels, _ = found
     least = cfg.get('min_bbox_size', -1)
     if least >= 0:
         large = (boxes[:, 2:] - boxes[:, :2] > least).all(1)
@@ -299,7 +241,9 @@ def _select(
             scores[rows[best]] = dets[:, 4]  # soft NMS changes them
             kept.append(rows[best[: cfg.get('max_per_img')]])
         index = torch.cat(kept)
-        return index, images[index], scores[index]
+        return index, Found(
+            *(x[index] for x in (images, boxes, scores, labels))
+        )
     most, apart = cfg.get('max_per_img', MOST), boxes
     if not cfg.nms.get('class_agnostic', False):
         # As in batched_nms, groups are out of each other's reach.
@@ -310,14 +254,12 @@ def _select(
         *(most, cfg.nms.iou_threshold, -0.5),
     ).unbind(1)
     # What was found, of all images in a row, beside `most` empty places
-    images_of_places = torch.arange(num_images)[:, None]
-    found = scores[index].where(images == images_of_places, -1)
-    found, order = F.pad(found, (0, most), value=-1).topk(most)  # (N, most)
-    return (
-        F.pad(index, (0, most))[order].flatten(),
-        images_of_places.expand(order.shape).flatten(),
-        found.flatten(),
-    )
+    places = torch.arange(num_images)[:, None]
+    scores = scores[index].where(images == places, -1)  # (N, M)
+    scores, order = F.pad(scores, (0, most), value=-1).topk(most)  # (N, most)
+    index = F.pad(index, (0, most))[order].flatten()
+    images = places.expand(order.shape).flatten()
+    return index, Found(images, boxes[index], scores.flatten(), labels[index])
 
 
 def _geometry(
@@ -348,6 +290,8 @@ class Decoder(nn.Module):
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
+        cfg = head.test_cfg or {}
+        _expect(bool(cfg.get('nms')), head, 'has a test_cfg with nms')
         self._check_parts()
 
     def __getattr__(self, name: str) -> Any:
@@ -364,9 +308,27 @@ class Decoder(nn.Module):
     def _check_parts(self) -> None:
         raise NotImplementedError
 
+    def _results(
+        self, found: Found, samples: SampleList, rescale: bool
+    ) -> InstanceList:
+        """Detections by image, as mmdet gives them."""
+        counts = found.images.bincount(minlength=len(samples)).tolist()
+        parts = zip(*(values.split(counts) for values in found[1:4]))
+        results, first = [], 0
+        for sample, (boxes, scores, labels) in zip(samples, parts):
+            result = InstanceData(bboxes=boxes, scores=scores, labels=labels)
+            if found.masks is not None:
+                masks = found.masks[first : first + len(boxes)]
+                result.masks = self._paste(masks, result, sample, rescale)
+            results.append(result)
+            first += len(boxes)
+        return results
+
 
 class DenseDecoder(Decoder):
     """For heads that decode as mmdet's ``BaseDenseHead``."""
+
+    by_level = False  # of boxes that suppress each other: not by label
 
     def _check_parts(self) -> None:
         _expect(
@@ -430,11 +392,12 @@ class DenseDecoder(Decoder):
         boxes = self._boxes(priors, deltas, strides, sizes[images])
         if factors is not None:
             boxes = boxes * factors[images]
-        groups = self._groups(labels, levels)
-        index, images, scores = _select(
-            images, boxes, scores, groups, sizes.shape[0], self.test_cfg
+        index, found = _select(
+            Found(images, boxes, scores, labels),
+            levels if self.by_level else labels,
+            sizes.shape[0],
+            self.test_cfg,
         )
-        found = Found(images, boxes[index], scores, labels[index])
         return found, *(x[index] for x in (priors, strides, *others))
 
     def _pick(
@@ -479,23 +442,18 @@ class DenseDecoder(Decoder):
         boxes = self.bbox_coder.decode(priors, deltas)
         return _clip(boxes, sizes, self.bbox_coder)
 
-    def _groups(self, labels: Tensor, levels: Tensor) -> Tensor:
-        """Of which boxes may suppress each other."""
-        return labels
-
     def predict(
         self, x: Sequence[Tensor], samples: SampleList, rescale: bool = False
     ) -> InstanceList:
         """Detect; see :meth:`BaseDenseHead.predict`."""
-        geometry = _geometry(samples, rescale, x[0].device)
-        return self.decode(x, *geometry).split(len(samples))
+        found = self.decode(x, *_geometry(samples, rescale, x[0].device))
+        return self._results(found, samples, rescale)
 
 
 class RPNDecoder(DenseDecoder):
     """For mmdet's ``RPNHead``, which suppresses by level."""
 
-    def _groups(self, labels: Tensor, levels: Tensor) -> Tensor:
-        return levels
+    by_level = True
 
 
 class GFLDecoder(DenseDecoder):
@@ -565,9 +523,8 @@ class RTMDetInsDecoder(DenseDecoder):
             size, level_idx=0, device=features.device
         )
         apart = (priors[:, None] - points) / (strides[:, None, :1] * 8)
-        x = torch.cat(
-            (apart.transpose(1, 2), features.flatten(2)[images]), 1
-        )  # (R, 2 + C, H * W)
+        x = (apart.transpose(1, 2), features.flatten(2)[images])
+        x = torch.cat(x, 1)  # (R, 2 + C, H * W)
         layers = zip(*self.parse_dynamic_params(kernels))
         for i, (weight, bias) in enumerate(layers):
             x = x if i == 0 else x.relu()
@@ -575,38 +532,26 @@ class RTMDetInsDecoder(DenseDecoder):
             x = torch.baddbmm(bias.reshape(count, -1, 1), weight, x)
         return x.reshape(count, *size)
 
-    def predict(
-        self, x: Sequence[Tensor], samples: SampleList, rescale: bool = False
-    ) -> InstanceList:
-        """Detect; see :meth:`BaseDenseHead.predict`."""
-        found = self.decode(x, *_geometry(samples, rescale, x[0].device))
-        results = found.split(len(samples))
-        masks = found.masks.split([len(result) for result in results])
-        for result, logits, sample in zip(results, masks, samples):
-            result.masks = self._resize(logits, sample, rescale)
-        return results
-
-    def _resize(
-        self, logits: Tensor, sample: DetDataSample, rescale: bool
+    def _paste(
+        self,
+        logits: Tensor,
+        result: InstanceData,
+        sample: DetDataSample,
+        rescale: bool,
     ) -> Tensor:
         """Masks of logits, as ``_bbox_mask_post_process`` makes them."""
         if len(logits) == 0:
             shape = sample.ori_shape if rescale else sample.img_shape
             return logits.new_zeros((0, *shape[:2]), dtype=torch.bool)
         stride = self.prior_generator.strides[0][0]
-        logits = F.interpolate(
-            logits[None], scale_factor=stride, mode='bilinear'
-        )
+        x = F.interpolate(logits[None], scale_factor=stride, mode='bilinear')
         if rescale:
-            size = [
-                math.ceil(side * (1 / factor))
-                for side, factor in zip(logits.shape[2:], sample.scale_factor)
-            ]
+            factors = [1 / factor for factor in sample.scale_factor]
+            size = [math.ceil(a * b) for a, b in zip(x.shape[2:], factors)]
             height, width = sample.ori_shape[:2]
-            logits = F.interpolate(logits, size, mode='bilinear')
-            logits = logits[..., :height, :width]
+            x = F.interpolate(x, size, mode='bilinear')[..., :height, :width]
         threshold = self.test_cfg.mask_thr_binary
-        return logits[0] > math.log(threshold / (1 - threshold))
+        return x[0] > math.log(threshold / (1 - threshold))
 
 
 def _listed(module: nn.Module) -> List[nn.Module]:
@@ -681,21 +626,19 @@ class RoIDecoder(Decoder):
         if factors is not None:
             boxes = boxes * factors[images]
         scores = scores.where(passing, -1)[place]
-        index, images, scores = _select(
-            images, boxes, scores, labels, sizes.shape[0], cfg
-        )
-        found = Found(images, boxes[index], scores, labels[index])
-        if self.with_mask and index.shape[0] > 0:
-            found = found._replace(masks=self._masks(maps, found))
-        return found
+        found = Found(images, boxes, scores, labels)
+        _, found = _select(found, labels, sizes.shape[0], cfg)
+        if not self.with_mask:
+            return found
+        return found._replace(masks=self._masks(maps, found))
 
     def _masks(self, maps: Sequence[Tensor], found: Found) -> Tensor:
         """Probabilities (R, h, w), the mean over the stages."""
-        extractors = _listed(self.mask_roi_extractor)
-        heads = _listed(self.mask_head)
         rows, rois = torch.arange(found.images.shape[0]), found.rois()
-        total = 0
-        for extractor, head in zip(extractors, heads):
+        if rows.shape[0] == 0:
+            return found.scores[:, None, None]
+        total, heads = 0, _listed(self.mask_head)
+        for extractor, head in zip(_listed(self.mask_roi_extractor), heads):
             logits = head(extractor(maps[: extractor.num_inputs], rois))
             channels = found.labels * (not head.class_agnostic)
             total = total + logits[rows, channels].sigmoid()
@@ -716,37 +659,28 @@ class RoIDecoder(Decoder):
         )
         real = torch.ones_like(rois[:, 0], dtype=torch.bool)
         found = self.decode(x, rois, real, sizes, factors)
-        results = found.split(len(samples))
-        if self.with_mask:
-            self._paste(found.masks, results, samples, rescale)
-        return results
+        return self._results(found, samples, rescale)
 
     def _paste(
         self,
-        masks: Optional[Tensor],
-        results: InstanceList,
-        samples: SampleList,
+        masks: Tensor,
+        result: InstanceData,
+        sample: DetDataSample,
         rescale: bool,
-    ) -> None:
-        """Add masks of the images to the results, by mmdet's mask head."""
-        first, head = 0, _listed(self.mask_head)[-1]
-        for result, sample in zip(results, samples):
-            if len(result) == 0:
-                empty_instances(
-                    *([sample.metainfo], result.bboxes.device, 'mask'),
-                    *([result], self.test_cfg.mask_thr_binary),
-                )
-                continue
-            result.masks = head._predict_by_feat_single(
-                masks[first : first + len(result), None],
-                result.bboxes,
-                torch.zeros_like(result.labels),  # the only channel
-                sample.metainfo,
-                self.test_cfg,
-                rescale,
-                activate_map=True,
-            )
-            first += len(result)
+    ) -> Tensor:
+        """Masks of probabilities; boxes are rescaled in place."""
+        if len(masks) == 0:
+            shape = (0, *sample.ori_shape[:2])
+            return masks.new_zeros(shape, dtype=torch.bool)
+        return _listed(self.mask_head)[-1]._predict_by_feat_single(
+            masks[:, None],
+            result.bboxes,
+            torch.zeros_like(result.labels),  # the only channel
+            sample.metainfo,
+            self.test_cfg,
+            rescale,
+            activate_map=True,
+        )
 
 
 # What decodes a head of mmdet, and its subclasses that predict as it does.
@@ -803,7 +737,7 @@ class ExportedExtractor(nn.Module):
         super().__init__()
         layers = extractor.roi_layers
         _expect(
-            isinstance(extractor, SingleRoIExtractor)
+            type(extractor) is SingleRoIExtractor
             and all(
                 isinstance(layer, RoIAlign)
                 and layer.aligned
@@ -862,7 +796,9 @@ class EndToEnd(nn.Module):
         self.detector = copy.deepcopy(detector)
         heads = ('rpn_head', 'roi_head') if self.two_stages else ('bbox_head',)
         for name in heads:
-            head = _decoder(getattr(self.detector, name, None))
+            head = getattr(self.detector, name, None)
+            _expect(head is not None, detector, f'has a {name}')
+            head = _decoder(head)
             _check_nms(head.head)
             setattr(self.detector, name, head)
         with_masks = isinstance(head, RTMDetInsDecoder)
