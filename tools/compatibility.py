@@ -70,21 +70,25 @@ CHOSEN = {
     'sort': 'faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval',
 }
 POSITIONS = {4: 0, 8: 2, 16: 4, 32: 6}  # of the maps of these strides
-# MMSyncBN wants more than one process.
-NO_SYNC = {
+# What no rule knows: what else FasterNet wants changed in a family's config,
+CHANGES: Dict[str, Dict[str, Any]] = {
+    # an Hourglass gives its map twice
+    'centripetalnet': {'model.bbox_head.num_feat_levels': 1},
+    'cornernet': {'model.bbox_head.num_feat_levels': 1},
+    # this neck hands on what it takes in
+    'ssd': {'model.neck.out_channels': [80, 160, 512, 256, 256, 256]},
+}
+# and what the trial does.
+NO_SYNC = {  # MMSyncBN wants more than one process
     f'model.{part}.norm_cfg.type': 'BN'
     for part in ('neck', 'roi_head.bbox_head', 'roi_head.mask_head')
 }
-CORNERS = {
-    # an Hourglass gives its map twice, FasterNet once
-    'model.bbox_head.num_feat_levels': 1,
-    # seeded embeddings of corners lie apart
-    'model.test_cfg.distance_threshold': 1000,
-}
-# What no rule knows: changes to the config of a family.
-EXCEPTIONS: Dict[str, Dict[str, Any]] = {
-    'centripetalnet': CORNERS,
-    'cornernet': CORNERS,
+TRIAL_CHANGES: Dict[str, Dict[str, Any]] = {
+    # seeded corners of a box seldom have the same class and embedding
+    'cornernet': {
+        'model.test_cfg.corner_topk': 1000,
+        'model.test_cfg.distance_threshold': 1000,
+    },
     # these would download the weights of their teachers
     'lad': {'model.teacher_ckpt': None},
     'ld': {'model.teacher_ckpt': None},
@@ -92,8 +96,6 @@ EXCEPTIONS: Dict[str, Dict[str, Any]] = {
     'maskformer': {'model.test_cfg.instance_on': True},
     'simple_copy_paste': NO_SYNC,
     'strong_baselines': NO_SYNC,
-    # this neck hands on what it takes in
-    'ssd': {'model.neck.out_channels': [80, 160, 512, 256, 256, 256]},
 }
 STAGES = ('build', 'train', 'predict', 'float32', 'bfloat16', 'export')
 NEEDED = ('build', 'predict')  # by the stages after them
@@ -235,7 +237,7 @@ def adapt(family: str) -> Tuple[Config, List[str]]:
     new = MODELS.build(config.model.backbone).out_channels
     theirs = [old[stride] for stride in strides]
     changed = list(rewire(config.model, theirs, new, 'model'))
-    more = EXCEPTIONS.get(family, {})
+    more = CHANGES.get(family, {})
     config.merge_from_dict(more)
     return config, [*changed, *more]
 
@@ -361,9 +363,11 @@ class Trial:
     def build(self) -> Dict[str, Any]:
         """Build the detector."""
         self.config, changed = adapt(self.family)
+        self.config.merge_from_dict(TRIAL_CHANGES.get(self.family, {}))
         model = self.config.model
-        if 'rpn' in (model.get('test_cfg') or ()):
-            model.test_cfg.rpn.max_per_img = PROPOSALS
+        for key, rpn in (('train_cfg', 'rpn_proposal'), ('test_cfg', 'rpn')):
+            if rpn in (model.get(key) or ()):
+                model[key][rpn].max_per_img = PROPOSALS
         self.detector = MODELS.build(model)
         self.detector.init_weights()
         return dict(outputs=model.backbone.out_indices, changed=changed)

@@ -31,9 +31,11 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Short turns, in one thread, and no export, which test_export tests."""
+    """Small images, few proposals, and no export, which test_export tests."""
     monkeypatch.setattr(benchmark_measure, 'TURN_SECONDS', 0)
     monkeypatch.setattr(compatibility, 'ROUNDS', 1)
+    monkeypatch.setattr(compatibility, 'SIZE', (96, 128))
+    monkeypatch.setattr(compatibility, 'PROPOSALS', 20)
     monkeypatch.setattr(compatibility, 'STAGES', compatibility.STAGES[:5])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # whatever else runs
