@@ -64,6 +64,7 @@ PREFERRED = (r'[_-]r50', r'[_-]r18', r'[_-](tiny|t|s|b0)[_-]', '')
 # Where that would not be what the family is about.
 CHOSEN = {
     'cascade_rpn': 'cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco',
+    'lad': 'lad_r50-paa-r101_fpn_2xb8_coco_1x',
     'libra_rcnn': 'libra-faster-rcnn_r50_fpn_1x_coco',
     'nas_fpn': 'retinanet_r50_nasfpn_crop640-50e_coco',
     # others miss their base
