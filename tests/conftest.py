@@ -24,7 +24,10 @@ IS_OLD = digit_version(torch.__version__) < digit_version(MINIMUM_TORCH)
 collect_ignore = [
     f'test_deploy/test_{name}.py'
     for name in ('batches', 'export', 'hook', 'optimize', 'precision')
-] + ['test_tools/test_benchmark.py', 'test_tools/test_export_tool.py']
+] + [
+    f'test_tools/test_{name}.py'
+    for name in ('benchmark', 'compatibility', 'export_tool')
+]
 if not IS_OLD:
     collect_ignore = []
 

@@ -30,6 +30,7 @@ from benchmark_models import Model, exported_side, parse
 from benchmark_report import describe_machine, table
 from compatibility_models import (
     CONFIGS,
+    ENOUGH,
     TRIAL_CHANGES,
     NoDetectorError,
     adapt,
@@ -62,20 +63,23 @@ HEADER = (
     *('without gradient', 'finds', 'fast form, float32'),
     *('fast form, bfloat16', 'export', 'why not'),
 )
-LEGEND = """\
-- outputs: `out_indices` of FasterNet. Changed too: what else of the model's
-  config, mostly widths that it takes from the backbone.
-- trains: one step of two images with boxes, masks and a semantic map. Without
-  gradient: parameters that the loss does not reach, with the first of them;
-  DistributedDataParallel wants `find_unused_parameters=True` for such.
-- finds: objects in an image, by seeded weights and a threshold at which there
-  are some 20.
-- fast form: `optimize(model, dtype)`; the largest difference of the maps that
-  go into the heads, relative to their largest value; share of the detections
-  that are the model's: of one label, IoU above 0.95, scores within 1 %, 99 %
-  of the mask's pixels; how many times faster, the median of rounds in turns.
-- export: to ONNX; the same share in ONNX Runtime, boxes only.
-- `-`: not tried, as a stage before it failed or the CPU has no bfloat16."""
+LEGEND = f"""\
+- outputs: `out_indices` of FasterNet. Changed too: what else of the config,
+  mostly widths that it takes from the backbone.
+- trains: one step of two images. Without gradient: parameters that the loss
+  does not reach, with the first of them, for which DistributedDataParallel
+  wants `find_unused_parameters=True`. Frozen: on purpose, such as FasterNet's
+  stages after its last output.
+- finds: objects in an image, by seeded weights, {PROPOSALS} proposals and a
+  score threshold at which there are some {ENOUGH}.
+- fast form: `optimize(model, dtype)`. The largest difference of the maps that
+  go into the heads, relative to their largest value; the share of detections
+  that are the model's (one label, IoU above 0.95, scores within 1 %, 99 % of
+  the mask's pixels); how many times faster, the median of {ROUNDS} rounds.
+- export: to ONNX. The same share in ONNX Runtime, masks aside.
+- `-`: not tried, as a stage before it failed or the CPU has no bfloat16.
+- {', '.join(WANT_LARGE)}: images of {LARGE[0]}x{LARGE[1]} pixels. What else
+  was changed to try a family is in `tools/compatibility_models.py`."""
 
 
 class Trial:

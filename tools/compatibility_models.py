@@ -74,10 +74,12 @@ def choose(family: str) -> Path:
     def rank(path: Path) -> tuple:
         name = path.stem
         nearest = [bool(re.search(p, name)) for p in PREFERRED].index(True)
-        chosen = name == CHOSEN.get(family)
-        return not chosen, nearest, '1x' not in name, len(name), name
+        return nearest, '1x' not in name, len(name), name
 
-    return min(CONFIGS.joinpath(family).glob('*.py'), key=rank)
+    folder = CONFIGS / family
+    if family in CHOSEN:
+        return folder / f'{CHOSEN[family]}.py'
+    return min(folder.glob('*.py'), key=rank)
 
 
 def read(family: str) -> Config:
