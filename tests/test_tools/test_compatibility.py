@@ -1,17 +1,23 @@
+import copy
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
+from mmengine.structures import InstanceData, PixelData
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'tools'))
 import benchmark_measure  # noqa: E402
 import compatibility  # noqa: E402
 import compatibility_models  # noqa: E402
+from benchmark_models import Model  # noqa: E402
 
 NECK = ['model.neck.in_channels']
 ALL, LAST = [0, 2, 4, 6], [6]
@@ -154,6 +160,110 @@ def test_seed():
     assert gfl.bbox_head.integral.project.tolist() == list(range(17))
     assert 3.8 < gfl.bbox_head.gfl_reg.bias.mean() < 4.2
     assert gfl.backbone.norm0.running_var.std() > 0.1
+
+
+def make_sample(scores, **others):
+    """Found: a row of boxes, one of each score."""
+    left = 20.0 * torch.arange(len(scores))
+    boxes = torch.stack([left, left * 0, left + 10, left * 0 + 10], 1)
+    labels = torch.zeros(len(scores), dtype=torch.long)
+    instances = InstanceData(
+        bboxes=boxes, scores=torch.tensor(scores), labels=labels, **others
+    )
+    return DetDataSample(pred_instances=instances)
+
+
+def test_found_by():
+    found = make_sample([0.9, 0.8])
+    found.pred_instances.bboxes[0, 2] = 0.01  # a line
+    instances = compatibility_models.found_by(lambda: [found])
+    assert instances.bboxes.tolist() == [[20, 0, 30, 10]]
+    # masks alone
+    masks = torch.zeros(1, 8, 9, dtype=torch.bool)
+    masks[:, 2:5, 3:7] = True
+    found = make_sample([0.9], masks=masks)
+    found.pred_instances.bboxes.zero_()
+    instances = compatibility_models.found_by(lambda: [found])
+    assert instances.bboxes.tolist() == [[3, 2, 7, 5]]
+    # a panoptic map
+    segments = PixelData(sem_seg=masks * 1007)
+    found = DetDataSample(pred_panoptic_seg=segments)
+    instances = compatibility_models.found_by(lambda: [found])
+    assert instances.labels.tolist() == [0, 1007]
+    assert instances.bboxes.tolist() == [[0, 0, 9, 8], [3, 2, 7, 5]]
+
+
+class Fake(torch.nn.Module):
+    """A detector that finds what has a score above a threshold."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.test_cfg = ConfigDict(score_thr=0.1, filter_thr=0.1)
+        self.scores, self.map = scores, torch.ones(1, 1, 2, 2)
+
+    def predict(self, *_, **__):
+        above = [s for s in self.scores if s > self.test_cfg.score_thr]
+        return [make_sample(above)]
+
+    def extract_feat(self, _):
+        return [self.map]
+
+
+def fake_trial(scores):
+    trial = compatibility.Trial('fake')
+    trial.model = Model('fake', 'fake', Fake(scores), torch.ones(1), [])
+    trial.found = compatibility_models.set_threshold(trial.model)
+    return trial
+
+
+def test_set_threshold():
+    """The highest at which there are twenty."""
+    scores = torch.linspace(0.0105, 0.9905, 99).tolist()
+    trial = fake_trial(scores)
+    assert len(trial.found) == 20
+    config = trial.model.module.test_cfg
+    assert config.score_thr == pytest.approx(0.8, abs=0.002)
+    assert config.filter_thr == 0
+    assert len(fake_trial(scores[:5]).found) == 5
+    with pytest.raises(ValueError, match='finds nothing'):
+        fake_trial([])
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_wrong_fast_form(dtype, quick, monkeypatch):
+    trial = fake_trial([0.5, 0.6])
+    fast = copy.deepcopy(trial.model.module)
+    monkeypatch.setattr(compatibility, 'optimize', lambda *_: fast)
+    right = trial._compare(dtype)
+    assert (right['error'], right['common']) == (0, 1)
+    fast.scores = [0.5, 0.7]
+    if dtype == torch.float32:
+        with pytest.raises(ValueError, match='by 0e[+]00, 50% of'):
+            trial._compare(dtype)
+    else:
+        assert trial._compare(dtype)['common'] == 0.5
+    fast.scores = [0.5, 0.6]
+    fast.map[..., 0] = 1.04
+    with pytest.raises(ValueError, match='by 4e-02, 100% of'):
+        trial._compare(dtype)
+
+
+def test_export(monkeypatch):
+    trial = fake_trial([0.5, 0.6])
+
+    def exported_side(spec, model, threads, folder):
+        assert (spec.name, spec.runtime) == ('fake', 'onnxruntime')
+        assert model is trial.model and folder.is_dir()
+        return SimpleNamespace(
+            found=lambda: [make_sample(scores).pred_instances]
+        )
+
+    monkeypatch.setattr(compatibility, 'exported_side', exported_side)
+    scores = [0.5, 0.6]
+    assert trial.export() == dict(common=1)
+    scores = [0.5, 0.7]
+    with pytest.raises(ValueError, match='50% of the detections'):
+        trial.export()
 
 
 def test_reason():
