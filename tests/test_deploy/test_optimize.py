@@ -302,7 +302,7 @@ def test_precision_of_boxes(dtype, randomise):
     [
         dict(sampling_ratio=2),  # more than a pixel apart
         dict(pool_mode='max'),
-        dict(type='RoIPool', _delete_=True, output_size=7),
+        dict(type='SimpleRoIAlign', _delete_=True, output_size=7),
     ],
 )
 def test_other_pooling_reads_plain_memory(changes, randomise):
