@@ -64,8 +64,7 @@ def kernel_dtypes() -> FrozenSet[torch.dtype]:
 
 def _has_kernel(x: Tensor) -> bool:
     """Whether oneDNN computes on such a tensor."""
-    # It fails on empty batches, which RoI heads see.
-    return x.device.type == 'cpu' and x.dtype in kernel_dtypes() and len(x) > 0
+    return x.device.type == 'cpu' and x.dtype in kernel_dtypes()
 
 
 def _rows(height: int, size: int) -> int:
