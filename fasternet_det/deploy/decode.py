@@ -413,7 +413,10 @@ class DenseDecoder(Decoder):
         Returns:
             tuple[Tensor]: Images, priors, labels and scores, all (K,).
         """
-        threshold = self.test_cfg.get('score_thr', -0.5)
+        # mmdet's RPN knows no threshold
+        threshold = (
+            -0.5 if self.by_level else self.test_cfg.get('score_thr', 0)
+        )
         most, (num_images, _, classes) = self.test_cfg.nms_pre, logits.shape
         # The best pairs are among those of the best priors.
         scores = logits.amax(2).sigmoid()

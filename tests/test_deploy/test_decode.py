@@ -144,10 +144,12 @@ def build(kind, **changes):
     return tame(MODELS.build(model).eval())
 
 
-def batch(sides, seed=0):
+def batch(sides, divisor=32):
     """Images of several sizes, padded by zeros, and their samples."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = (-(-max(side) // 32) * 32 for side in zip(*sides))
+    generator = torch.Generator().manual_seed(0)
+    height, width = (
+        -(-max(side) // divisor) * divisor for side in zip(*sides)
+    )
     images = torch.zeros(len(sides), 3, height, width)
     samples = []
     for image, (h, w) in zip(images, sides):
@@ -358,7 +360,7 @@ def test_unknown_heads_stay(path, known):
 
 def assert_exports(model, path, runtimes, sizes, stride=None):
     """Compare detections; of one of the first two images there are none."""
-    images, samples = batch([sizes[0]] * 2)
+    images, samples = batch([sizes[0]] * 2, divisor=1)
     images[1] = 0
     leave_one_empty(model, images, samples)
     counts = [len(r) for r in predict(model, images, samples)]
@@ -367,13 +369,13 @@ def assert_exports(model, path, runtimes, sizes, stride=None):
     for runtime in runtimes:
         session, count = load(path, runtime, threads=1), 0
         for i, size in enumerate(sizes):
-            images, samples = batch([size] * (1 + (i == 0)))
+            images, samples = batch([size] * (1 + (i == 0)), divisor=1)
             images[1:] = 0
             expected = predict(model, images, samples)
             count += len(expected[0])
             outputs = map(torch.from_numpy, session(images.numpy()))
             for a, dets, labels, *masks in zip(expected, *outputs):
-                kept = labels >= 0
+                a, kept = a[: len(labels)], labels >= 0  # YOLOX has no limit
                 assert torch.equal(labels[kept], a.labels)
                 assert not dets[~kept].any()
                 boxes, scores = dets[kept].split((4, 1), 1)
