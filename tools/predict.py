@@ -71,11 +71,9 @@ def open_openvino(path: str) -> Tuple[Callable, Dict[str, str]]:
     compiled = core.compile_model(
         model, 'CPU', dict(INFERENCE_PRECISION_HINT='f32')
     )
-    notes = model.get_rt_info()['model_info'].value
-    return (
-        lambda images: list(compiled(images).values()),
-        {key: value.value for key, value in notes.items()},
-    )
+    keys = ['model_info']
+    notes = model.get_rt_info(keys).value if model.has_rt_info(keys) else {}
+    return lambda images: list(compiled(images).values()), notes
 
 
 def pad(image: np.ndarray, height: int, width: int, value: Any) -> np.ndarray:
