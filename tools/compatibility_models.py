@@ -222,8 +222,9 @@ def seed(detector: nn.Module) -> nn.Module:
     for name, tensor in detector.state_dict().items():
         if name in kept and 'running_' not in name:
             tensor.copy_(initial[name])
-        elif re.search(r'reg.*\.bias$', name):  # 4 strides in AutoAssign
-            tensor.copy_(initial[name] + seeded[name])
+        elif re.search(r'reg.*\.bias$', name):  # such as 4 in AutoAssign
+            # CenterNet clamps distances below 0.
+            tensor.copy_(initial[name] + seeded[name].abs())
     detector.eval()  # returns nothing in some
     return detector
 
