@@ -31,6 +31,7 @@ from fasternet_det.deploy.decode import (
     YOLOXDecoder,
     decode_heads,
 )
+from fasternet_det.deploy.evaluate import ExportedDetector
 from fasternet_det.deploy.export import export, load
 
 pytestmark = pytest.mark.deploy
@@ -373,6 +374,11 @@ def assert_exports(model, path, runtimes, sizes, stride=None):
             images[1:] = 0
             expected = predict(model, images, samples)
             count += len(expected[0])
+            if 'masks' in expected[0] and not stride:
+                exported = ExportedDetector(session, None)
+                for a, b in zip(predict(exported, images, samples), expected):
+                    if len(b):
+                        assert (a.masks != b.masks).float().mean() < 1e-3
             outputs = map(torch.from_numpy, session(images.numpy()))
             for a, dets, labels, *masks in zip(expected, *outputs):
                 a, kept = a[: len(labels)], labels >= 0  # YOLOX has no limit
