@@ -31,6 +31,7 @@ from fasternet_det.deploy.decode import (
     YOLOXDecoder,
     decode_heads,
 )
+from fasternet_det.deploy.evaluate import ExportedDetector
 from fasternet_det.deploy.export import export, load
 
 pytestmark = pytest.mark.deploy
@@ -373,15 +374,24 @@ def assert_exports(model, path, runtimes, sizes, stride=None):
             images[1:] = 0
             expected = predict(model, images, samples)
             count += len(expected[0])
+            if 'masks' in expected[0] and not stride:
+                exported = ExportedDetector(session, None)
+                for a, b in zip(predict(exported, images, samples), expected):
+                    if len(b):
+                        assert (a.masks != b.masks).float().mean() < 1e-3
             outputs = map(torch.from_numpy, session(images.numpy()))
             for a, dets, labels, *masks in zip(expected, *outputs):
                 a, kept = a[: len(labels)], labels >= 0  # YOLOX has no limit
-                assert torch.equal(labels[kept], a.labels)
-                assert not dets[~kept].any()
+                assert len(a) == kept.sum() and not dets[~kept].any()
                 boxes, scores = dets[kept].split((4, 1), 1)
-                torch.testing.assert_close(boxes, a.bboxes, atol=0.01, rtol=0)
                 scores = scores[:, 0]
                 torch.testing.assert_close(scores, a.scores, atol=1e-4, rtol=0)
+                # In any order: some scores are all but equal.
+                apart = (boxes[:, None] - a.bboxes).abs().amax(2)
+                other = labels[kept][:, None] != a.labels
+                apart = apart.masked_fill(other, torch.inf)
+                if len(a):
+                    assert apart.amin(0).max() < 0.01 > apart.amin(1).max()
                 if masks and stride and len(a):
                     logits = F.interpolate(
                         masks[0][None, kept],
