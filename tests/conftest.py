@@ -23,7 +23,9 @@ DATA = ROOT / 'tests' / 'data'
 IS_OLD = digit_version(torch.__version__) < digit_version(MINIMUM_TORCH)
 collect_ignore = [
     f'test_deploy/test_{name}.py'
-    for name in 'batches export hook optimize precision quantize'.split()
+    for name in (
+        'batches decode export hook optimize precision quantize'.split()
+    )
 ] + [
     f'test_tools/test_{name}.py'
     for name in ('benchmark', 'export_tool', 'predict')

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ..data_preprocessor import MultiChannelDataPreprocessor
 from ..layers import SAConv
-from .end_to_end import end_to_end, nms, roi_align
+from .decode import EndToEnd, nms, roi_align
 from .fold import fold
 from .versions import check_torch
 
@@ -118,10 +118,11 @@ class Pixels(nn.Module):
             images = images.flip(1)
         if wanted._enable_normalize:
             images = (images - wanted.mean) / wanted.std
-        bottom, right = (
-            -side % wanted.pad_size_divisor for side in images.shape[2:]
-        )
+        size = images.shape[2:]
+        bottom, right = (-side % wanted.pad_size_divisor for side in size)
         images = pad(images, (0, right, 0, bottom), value=wanted.pad_value)
+        if isinstance(self.normalised, EndToEnd):
+            return self.normalised(images, size)
         return self.normalised(images)
 
 
@@ -146,7 +147,7 @@ def to_onnx(
         shape (N, C, H, W) that the model takes, or uint8. Its outputs are the
         feature maps, ``map0`` and on, or the logits; of a detector, ``dets``,
         ``labels`` and, where it has them, ``masks``, as
-        :mod:`~fasternet_det.deploy.end_to_end` describes.
+        :class:`~fasternet_det.deploy.decode.EndToEnd` describes.
 
     Raises:
         RuntimeError: If torch is too old to export.
@@ -170,7 +171,7 @@ def to_onnx(
                 'has no such operator; train it with use_deform=False'
             )
     whole = isinstance(folded, BaseDetector)
-    graph = end_to_end(folded) if whole else folded
+    graph = EndToEnd(folded) if whole else folded
     # The first that says so: mmdet's own backbones do not, their stem does.
     in_channels = next(
         module.in_channels

@@ -21,7 +21,7 @@ from torch import nn
 
 from fasternet_det import FasterNet, MultiChannelDataPreprocessor, SPConv
 from fasternet_det.deploy import fold
-from fasternet_det.deploy.end_to_end import end_to_end
+from fasternet_det.deploy.decode import EndToEnd
 from fasternet_det.deploy.evaluate import (
     ExportedDetector,
     calibration_images,
@@ -348,7 +348,7 @@ def test_ap(retinanet, exported, project, monkeypatch):
         and weight.name.endswith('.weight')
     }
     last = ('retina_cls', 'retina_reg')
-    assert floats == {f'bbox_head.{name}.weight' for name in last}
+    assert floats == {f'bbox_head.head.{name}.weight' for name in last}
 
 
 def test_boxes_are_clipped_to_the_image(retinanet, exported, tiles):
@@ -455,8 +455,8 @@ def test_other_detectors_and_opsets(name, opset, layers, randomise, tmp_path):
         ),
         (
             RETINANET,
-            lambda c: c.test_cfg.update(min_bbox_size=5),
-            'boxes of any size',
+            lambda c: c.test_cfg.update(max_per_img=-1),
+            'limits detections by max_per_img',
         ),
         (
             RETINANET,
@@ -471,17 +471,9 @@ def test_other_detectors_and_opsets(name, opset, layers, randomise, tmp_path):
             'scores by sigmoid',
         ),
         (
-            RETINANET,  # a third output, centerness
-            lambda c: c.bbox_head.update(
-                type='ATSSHead', reg_decoded_bbox=True
-            ),
-            'gives scores and boxes, and nothing else',
-        ),
-        (
             RETINANET,
-            lambda c: c.__setitem__(
-                'bbox_head',
-                dict(type='YOLOXHead', num_classes=1, in_channels=96),
+            lambda c: c.bbox_head.update(
+                type='PAAHead', reg_decoded_bbox=True
             ),
             'predicts as a BaseDenseHead does',
         ),
@@ -490,12 +482,26 @@ def test_other_detectors_and_opsets(name, opset, layers, randomise, tmp_path):
             lambda c: c.roi_head.update(
                 type='DoubleHeadRoIHead', reg_roi_scale_factor=1.3
             ),
-            'is a StandardRoIHead',
+            'predicts as a StandardRoIHead does',
         ),
         (
             MASK_RCNN,
-            lambda c: c.roi_head.bbox_head.update(reg_class_agnostic=True),
-            'boxes of every class',
+            lambda c: c.roi_head.bbox_head.update(
+                loss_cls=dict(type='SeesawLoss', num_classes=1)
+            ),
+            'predicts boxes, and scores by softmax',
+        ),
+        (
+            MASK_RCNN,
+            lambda c: c.roi_head.bbox_roi_extractor.roi_layer.update(
+                pool_mode='max'
+            ),
+            'averaging, aligned RoIAligns',
+        ),
+        (
+            MASK_RCNN,
+            lambda c: c.update(rpn_head=None),
+            'a MaskRCNN that has a rpn_head',
         ),
     ],
 )
@@ -504,7 +510,7 @@ def test_detectors_that_decode_otherwise(name, change, message):
     cfg = Config.fromfile(CONFIGS / name).model
     change(cfg)
     with pytest.raises(ValueError, match=f'{message}.* backbone alone can be'):
-        end_to_end(MODELS.build(cfg).eval())(torch.zeros(1, 3, 64, 64))
+        EndToEnd(MODELS.build(cfg).eval())
 
 
 @pytest.mark.parametrize(

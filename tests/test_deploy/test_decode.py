@@ -1,0 +1,429 @@
+"""Decoding in tensors gives mmdet's detections, in torch and exported.
+
+All configs, at all sizes: `pytest tests/test_deploy/test_decode.py -m configs`
+takes minutes for each.
+"""
+
+import copy
+import pickle
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+from mmengine.utils import get_installed_path
+from torch import nn
+
+from fasternet_det.deploy.decode import (
+    Decoder,
+    DenseDecoder,
+    EndToEnd,
+    GFLDecoder,
+    RoIDecoder,
+    RPNDecoder,
+    RTMDetInsDecoder,
+    YOLOXDecoder,
+    decode_heads,
+)
+from fasternet_det.deploy.export import export, load
+
+pytestmark = pytest.mark.deploy
+OURS = Path(__file__).parents[2] / 'configs'
+MMDET = Path(get_installed_path('mmdet'), '.mim', 'configs')
+MODELS_OF = '_base_/models'
+FASTER = f'{MODELS_OF}/faster-rcnn_r50_fpn.py'
+RETINANET = f'{MODELS_OF}/retinanet_r50_fpn.py'
+INS = 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py'
+AGNOSTIC = dict(
+    roi_head=dict(bbox_head=dict(reg_class_agnostic=True)),
+    test_cfg=dict(rcnn=dict(nms=dict(class_agnostic=True))),
+)
+# Config of mmdet, changes of its model, and what decodes it.
+KINDS = {
+    'rpn': (f'{MODELS_OF}/rpn_r50_fpn.py', {}, RPNDecoder),
+    'retinanet': (RETINANET, {}, DenseDecoder),
+    'fsaf': ('fsaf/fsaf_r50_fpn_1x_coco.py', {}, DenseDecoder),
+    'fcos': ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', {}, DenseDecoder),
+    'atss': ('atss/atss_r50_fpn_1x_coco.py', {}, DenseDecoder),
+    'gfl': ('gfl/gfl_r50_fpn_1x_coco.py', {}, GFLDecoder),
+    'rtmdet': ('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', {}, DenseDecoder),
+    'rtmdet-ins': (INS, {}, RTMDetInsDecoder),
+    'yolox': ('yolox/yolox_tiny_8xb8-300e_coco.py', {}, YOLOXDecoder),
+    'faster-rcnn': (FASTER, {}, RoIDecoder),
+    'agnostic': (FASTER, AGNOSTIC, RoIDecoder),
+    'mask-rcnn': (f'{MODELS_OF}/mask-rcnn_r50_fpn.py', {}, RoIDecoder),
+    'cascade': (f'{MODELS_OF}/cascade-mask-rcnn_r50_fpn.py', {}, RoIDecoder),
+}
+RUNTIMES = ['onnxruntime', 'openvino']
+INS_STRIDE = 8  # of the masks that RTMDet-Ins exports
+# Scores neither saturate nor lie in one place, and boxes are near their
+# priors: standard deviation and mean of what predictors give.
+SPREADS = {
+    'rtm_reg': (0.5, 1.5),
+    'rtm_kernel': (0.3, 0),
+    'reg_convs': (1, 0),
+    'cls_convs': (1, 0),
+    '_reg': (0.5, 0),
+    '_cls': (1.5, -2),
+    '_obj': (1.5, 0),
+}
+SIDES = ((96, 128), (70, 100), (128, 90))
+
+
+@torch.no_grad()
+def tame(model):
+    """Seed a detector, each layer's outputs of a known spread."""
+    generator = torch.Generator().manual_seed(0)
+    names, hooks = {}, []
+
+    def scale(layer, args, out):
+        name = names.pop(layer, None)
+        if name is None or out.numel() < 2:
+            return None
+        spread, mean = next(
+            (v for k, v in SPREADS.items() if k in name), (1, 0)
+        )
+        factor = spread / float(out.std())
+        layer.weight.mul_(factor)
+        if layer.bias is None:
+            return out * factor
+        layer.bias.mul_(factor).add_(mean)
+        return out * factor + mean
+
+    for name, layer in model.named_modules():
+        if hasattr(layer, 'running_var'):
+            for value in (layer.weight, layer.running_var):
+                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+            for value in (layer.bias, layer.running_mean):
+                value.copy_(torch.randn(value.shape, generator=generator) / 10)
+        elif isinstance(layer, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)):
+            for value in layer.parameters():
+                value.copy_(torch.randn(value.shape, generator=generator))
+            names[layer] = name
+            hooks.append(layer.register_forward_hook(scale))
+    predict(model, *batch([(128, 160)]))
+    for hook in hooks:
+        hook.remove()
+    return model
+
+
+def lower_thresholds(config):
+    """Find something, but little, which is quick."""
+    for key, value in config.items():
+        if key == 'score_thr':
+            config[key] = 0.02
+        elif key == 'max_per_img':
+            config[key] = 20
+        elif isinstance(value, dict):
+            lower_thresholds(value)
+
+
+def build(kind, **changes):
+    """A small detector of mmdet's with a FasterNet of ours."""
+    init_default_scope('mmdet')
+    path, more, _ = KINDS[kind]
+    config = Config.fromfile(MMDET / path)
+    config.merge_from_dict(dict(model=more))
+    config.merge_from_dict(dict(model=changes))
+    model = config.model
+    in_channels = model.neck.in_channels
+    positions = (0, 2, 4, 6)[4 - len(in_channels) :]
+    model.backbone = dict(
+        type='FasterNet',
+        arch=dict(embed_dim=8, depths=(1, 1, 1, 1), act_cfg=dict(type='ReLU')),
+        out_indices=positions,
+    )
+    model.neck.in_channels = [8 * 2 ** (i // 2) for i in positions]
+    lower_thresholds(model.test_cfg)
+    return tame(MODELS.build(model).eval())
+
+
+def batch(sides, seed=0):
+    """Images of several sizes, padded by zeros, and their samples."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (-(-max(side) // 32) * 32 for side in zip(*sides))
+    images = torch.zeros(len(sides), 3, height, width)
+    samples = []
+    for image, (h, w) in zip(images, sides):
+        image[:, :h, :w] = torch.randn(3, h, w, generator=generator)
+        metainfo = dict(
+            img_shape=(h, w),
+            ori_shape=(round(h / 1.5), round(w / 1.25)),
+            scale_factor=(1.25, 1.5),
+        )
+        samples.append(DetDataSample(metainfo=metainfo))
+    return images, samples
+
+
+@torch.no_grad()
+def predict(model, images, samples, rescale=False):
+    samples = model.predict(images, copy.deepcopy(samples), rescale=rescale)
+    return [sample.pred_instances for sample in samples]
+
+
+@torch.no_grad()
+def leave_one_empty(model, images, samples):
+    """Set the threshold so that nothing is found in one of the images."""
+    head = getattr(model, 'roi_head', None) or model.bbox_head
+    head.test_cfg.score_thr = 0
+    best = [float(r.scores.max()) for r in predict(model, images, samples)]
+    if hasattr(head, 'conv_centerness') or hasattr(head, 'atss_centerness'):
+        # which the threshold is not for
+        scores = [level.amax((1, 2, 3)) for level in model._forward(images)[0]]
+        best = torch.stack(scores).amax(0).sigmoid().tolist()
+    low, high = sorted(best)[:2]
+    assert high - low > 1e-5
+    head.test_cfg.score_thr = low + 0.1 * (high - low)
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert {'bboxes', 'scores', 'labels'} <= set(a.keys())
+        assert torch.equal(a.labels, b.labels.to(a.labels))
+        torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-6)
+        torch.testing.assert_close(a.bboxes, b.bboxes, rtol=0, atol=1e-4)
+        if 'masks' in b:
+            assert a.masks.shape == b.masks.shape
+            assert a.masks.dtype == b.masks.dtype
+            if len(b):
+                assert b.masks.any()
+                assert (a.masks != b.masks).float().mean() < 1e-4
+
+
+# ---- in torch
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_same_detections(kind):
+    """Of images of several sizes, and of one of them none."""
+    model = build(kind)
+    images, samples = batch(SIDES)
+    if kind != 'rpn':
+        leave_one_empty(model, images, samples)
+    fast = decode_heads(copy.deepcopy(model))
+    decoders = [m for m in fast.modules() if isinstance(m, Decoder)]
+    assert type(decoders[-1]) is KINDS[kind][2]
+    assert len(decoders) == 1 + hasattr(model, 'roi_head')
+    for rescale in (False, True):
+        expected = predict(model, images, samples, rescale)
+        counts = [len(result) for result in expected]
+        assert sorted(map(bool, counts)) == [kind == 'rpn', True, True]
+        assert_equal(predict(fast, images, samples, rescale), expected)
+    for result, (height, width) in zip(predict(fast, *batch(SIDES)), SIDES):
+        if len(result) and kind != 'yolox':
+            assert result.bboxes[:, 0::2].max() <= width
+            assert result.bboxes[:, 1::2].max() <= height
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['retinanet', 'mask-rcnn'])
+def test_other_uses(kind):
+    """Copies, pickles, raw outputs and attributes are as mmdet's."""
+    model = build(kind)
+    images, samples = batch(SIDES[:1])
+    fast = decode_heads(copy.deepcopy(model))
+    fast = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+    assert_equal(
+        predict(fast, images, samples), predict(model, images, samples)
+    )
+    assert (fast.with_bbox, fast.with_mask) == (
+        model.with_bbox,
+        model.with_mask,
+    )
+    a, b = (m(images, samples, mode='tensor') for m in (fast, model))
+    flat = torch.utils._pytree.tree_leaves
+    for x, y in zip(flat(a), flat(b), strict=True):
+        assert torch.equal(x, y)
+    (decoder, *_) = [m for m in fast.modules() if isinstance(m, Decoder)]
+    assert decoder.prior_generator is decoder.head.prior_generator
+    assert not hasattr(decoder, 'no_such_thing')
+
+
+def test_test_time_augmentation():
+    model = build('retinanet')
+    results = []
+    images, samples = batch(SIDES[:1])
+    samples[0].set_metainfo(dict(flip=False, flip_direction=None))
+    flipped = copy.deepcopy(samples[0])
+    flipped.set_metainfo(dict(flip=True, flip_direction='horizontal'))
+    data = dict(
+        inputs=[[images[0]], [images[0].flip(2)]],
+        data_samples=[samples, [flipped]],
+    )
+    for module in (model, decode_heads(copy.deepcopy(model))):
+        tta = MODELS.build(
+            dict(
+                type='DetTTAModel',
+                module=module,
+                tta_cfg=ConfigDict(
+                    nms=dict(type='nms', iou_threshold=0.5), max_per_img=30
+                ),
+            )
+        )
+        with torch.no_grad():
+            (result,) = tta.test_step(copy.deepcopy(data))
+        results.append([result.pred_instances])
+    assert len(results[0][0]) > 20
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize(
+    'kind, key, value',
+    [
+        ('retinanet', 'nms', dict(type='soft_nms', iou_threshold=0.1)),
+        ('retinanet', 'min_bbox_size', 20),
+        ('faster-rcnn', 'nms', dict(type='soft_nms', iou_threshold=0.1)),
+    ],
+)
+def test_other_settings(kind, key, value):
+    model = build(kind)
+    images, samples = batch(SIDES)
+    usual = predict(model, images, samples)
+    head = getattr(model, 'roi_head', None) or model.bbox_head
+    head.test_cfg[key] = value
+    expected = predict(model, images, samples, True)
+    fast = decode_heads(model)
+    assert_equal(predict(fast, images, samples, True), expected)
+    assert any(
+        not torch.equal(a.scores, b.scores) for a, b in zip(expected, usual)
+    )
+
+
+@pytest.mark.parametrize('kind', ['gfl', 'rtmdet-ins', 'yolox', 'mask-rcnn'])
+def test_nothing_found(kind):
+    model = build(kind)
+    images, samples = batch(SIDES)
+    head = getattr(model, 'roi_head', None) or model.bbox_head
+    head.test_cfg.score_thr = 1.1
+    expected = predict(model, images, samples, True)
+    assert not any(map(len, expected))
+    assert_equal(predict(decode_heads(model), images, samples, True), expected)
+
+
+def test_given_proposals():
+    model = build('faster-rcnn')
+    images, samples = batch(SIDES[:2])
+    boxes = torch.tensor([[3.0, 5, 60, 50], [20, 10, 40, 60]])
+    samples[0].proposals = InstanceData(bboxes=boxes)
+    samples[1].proposals = InstanceData(bboxes=boxes[:0])
+    expected = predict(model, images, samples)
+    assert [len(result) > 0 for result in expected] == [True, False]
+    assert_equal(predict(decode_heads(model), images, samples), expected)
+
+
+def test_many_boxes_of_few_groups():
+    """Which are suppressed group by group."""
+    model = build('rpn')
+    model.bbox_head.test_cfg.update(nms_pre=1000, max_per_img=5000)
+    images, samples = batch([(192, 192)])
+    expected = predict(model, images, samples)
+    assert len(expected[0]) > 1000
+    assert_equal(predict(decode_heads(model), images, samples), expected)
+
+
+@pytest.mark.parametrize(
+    'path, known',
+    [
+        ('paa/paa_r50_fpn_1x_coco.py', []),
+        (f'{MODELS_OF}/ssd300.py', []),
+        ('yolo/yolov3_mobilenetv2_8xb24-ms-416-300e_coco.py', []),
+        ('detr/detr_r50_8xb2-150e_coco.py', []),
+        ('double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py', ['rpn_head']),
+        ('htc/htc_r50_fpn_1x_coco.py', ['rpn_head']),
+        ('pisa/faster-rcnn_r50_fpn_pisa_1x_coco.py', ['rpn_head', 'roi_head']),
+    ],
+)
+def test_unknown_heads_stay(path, known):
+    init_default_scope('mmdet')
+    config = Config.fromfile(MMDET / path).model
+    config.backbone.init_cfg = None
+    model = MODELS.build(config).eval()
+    with nullcontext() if 'roi_head' in known else pytest.raises(ValueError):
+        EndToEnd(model)
+    before = dict(model.named_children())
+    decode_heads(model)
+    after = dict(model.named_children())
+    assert [k for k in before if before[k] is not after[k]] == known
+
+
+# ---- exported
+
+
+def assert_exports(model, path, runtimes, sizes, stride=None):
+    """Compare detections; of one of the first two images there are none."""
+    images, samples = batch([sizes[0]] * 2)
+    images[1] = 0
+    leave_one_empty(model, images, samples)
+    counts = [len(r) for r in predict(model, images, samples)]
+    assert list(map(bool, counts)) == [True, False]
+    export(model, path)
+    for runtime in runtimes:
+        session, count = load(path, runtime, threads=1), 0
+        for i, size in enumerate(sizes):
+            images, samples = batch([size] * (1 + (i == 0)))
+            images[1:] = 0
+            expected = predict(model, images, samples)
+            count += len(expected[0])
+            outputs = map(torch.from_numpy, session(images.numpy()))
+            for a, dets, labels, *masks in zip(expected, *outputs):
+                kept = labels >= 0
+                assert torch.equal(labels[kept], a.labels)
+                assert not dets[~kept].any()
+                boxes, scores = dets[kept].split((4, 1), 1)
+                torch.testing.assert_close(boxes, a.bboxes, atol=0.01, rtol=0)
+                scores = scores[:, 0]
+                torch.testing.assert_close(scores, a.scores, atol=1e-4, rtol=0)
+                if masks and stride and len(a):
+                    logits = F.interpolate(
+                        masks[0][None, kept],
+                        scale_factor=stride,
+                        mode='bilinear',
+                    )
+                    assert ((logits[0] > 0) != a.masks).float().mean() < 1e-3
+        assert count > 10
+
+
+@pytest.mark.parametrize(
+    'kind, runtimes',
+    [
+        ('cascade', RUNTIMES),
+        ('rtmdet-ins', RUNTIMES),
+        *(
+            pytest.param(kind, RUNTIMES, marks=pytest.mark.configs)
+            for kind in KINDS
+            if kind not in ('cascade', 'rtmdet-ins')
+        ),
+    ],
+)
+def test_export_of_heads(kind, runtimes, tmp_path):
+    model = build(kind)
+    stride = INS_STRIDE if kind == 'rtmdet-ins' else None
+    sizes = [(96, 128), (64, 64), (320, 480)]
+    if model.neck.__class__.__name__ == 'FPN':
+        sizes.append((101, 135))
+    assert_exports(model, tmp_path / 'a.onnx', runtimes, sizes, stride)
+
+
+@pytest.mark.configs
+@pytest.mark.parametrize(
+    'path',
+    sorted(OURS.glob('*/*_*coco*.py')) + sorted(OURS.glob('mini/*_*.py')),
+    ids=lambda path: path.stem,
+)
+def test_export_of_configs(path, tmp_path):
+    init_default_scope('mmdet')
+    config = Config.fromfile(path).model
+    config.backbone.init_cfg = None
+    lower_thresholds(config.test_cfg)
+    model = tame(MODELS.build(config).eval())
+    sizes = [(320, 480), (416, 640), (800, 1216), (800, 1088)]
+    if model.neck.__class__.__name__ == 'FPN':
+        sizes.append((333, 507))
+    assert_exports(model, tmp_path / 'a.onnx', ['onnxruntime'], sizes)
