@@ -75,7 +75,8 @@ def _reading(config: Config) -> Dict[str, Any]:
         for step in get_test_pipeline_cfg(config)
     }
     for name, step in steps.items():
-        if name not in TOLD or step.keys() - {'type'} - TOLD[name]:
+        options = step.keys() - {'type', '_scope_'}
+        if name not in TOLD or options - TOLD[name]:
             return {}
     load, resize, pad = (
         steps.get(name, {}) for name in ('LoadImageFromFile', 'Resize', 'Pad')

@@ -109,7 +109,10 @@ def pipeline(config, *steps):
     'steps, expected',
     [
         ([], dict(scale=None, keep_ratio=False)),
-        ([dict(type='Resize', scale=96)], dict(scale=(96, 96))),
+        (  # what mmengine makes of a base of mmdet's, seen from elsewhere
+            [dict(type='Resize', scale=96, _scope_='mmdet')],
+            dict(scale=(96, 96)),
+        ),
         (
             [
                 dict(type='mmdet.Resize', scale=(96, 96), keep_ratio=True),
