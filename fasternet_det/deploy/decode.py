@@ -815,11 +815,15 @@ class EndToEnd(nn.Module):
                 setattr(head.head, name, nn.ModuleList(extractors))
         self.names = ('dets', 'labels', 'masks')[: 2 + with_masks]
 
-    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+    def forward(
+        self, images: Tensor, size: Optional[Sequence[int]] = None
+    ) -> Tuple[Tensor, ...]:
         """Detect.
 
         Args:
             images (Tensor): Normalised images of shape (N, 3, H, W).
+            size (Sequence[int], optional): Height and width without padding.
+                Defaults to None, H and W.
 
         Returns:
             tuple[Tensor]: ``dets`` (N, max_per_img, 5), corners in pixels and
@@ -828,8 +832,11 @@ class EndToEnd(nn.Module):
             ``masks`` (N, max_per_img, h, w): probabilities on a grid over
             each box, or, of RTMDet-Ins, logits on one over the image.
         """
-        num_images, _, *size = images.shape
-        sizes = [torch.full((num_images,), side) for side in size]
+        num_images = images.shape[0]
+        sizes = [
+            torch.full((num_images,), side)
+            for side in size or images.shape[2:]
+        ]
         sizes = torch.stack(sizes, 1).to(images.dtype)  # (N, 2)
         maps = self.detector.extract_feat(images)
         if self.two_stages:

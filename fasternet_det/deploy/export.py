@@ -118,10 +118,11 @@ class Pixels(nn.Module):
             images = images.flip(1)
         if wanted._enable_normalize:
             images = (images - wanted.mean) / wanted.std
-        bottom, right = (
-            -side % wanted.pad_size_divisor for side in images.shape[2:]
-        )
+        size = images.shape[2:]
+        bottom, right = (-side % wanted.pad_size_divisor for side in size)
         images = pad(images, (0, right, 0, bottom), value=wanted.pad_value)
+        if isinstance(self.normalised, EndToEnd):
+            return self.normalised(images, size)
         return self.normalised(images)
 
 

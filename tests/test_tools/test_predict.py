@@ -137,6 +137,18 @@ def test_config_and_checkpoint(mask_rcnn, images, tmp_path, monkeypatch):
     compare(tmp_path / 'a' / 'found', model, images)
 
 
+def test_padded_images(mask_rcnn, images, tmp_path, monkeypatch):
+    """A graph of pixels pads them, and knows where they end."""
+    (tmp_path / 'images').mkdir()
+    for path in images.glob('*.png'):
+        image = cv2.imread(str(path))[:101, :90]
+        cv2.imwrite(str(tmp_path / 'images' / path.name), image)
+    model, path = mask_rcnn
+    out = tmp_path / 'found'
+    run(monkeypatch, path, tmp_path / 'images', '--out', out)
+    compare(out, model, tmp_path / 'images')
+
+
 def test_checkpoints_are_read_safely(images, tmp_path, monkeypatch):
     torch.save(dict(state_dict={}, harm=Path('harm')), tmp_path / 'a.pth')
     with pytest.raises(SystemExit, match='written: .* could execute code'):
