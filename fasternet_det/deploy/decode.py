@@ -676,7 +676,7 @@ class RoIDecoder(Decoder):
             shape = (0, *sample.ori_shape[:2])
             return masks.new_zeros(shape, dtype=torch.bool)
         return _listed(self.mask_head)[-1]._predict_by_feat_single(
-            masks[:, None],
+            masks[:, None].cpu().numpy(),  # copied; of tensors, it warns
             result.bboxes,
             torch.zeros_like(result.labels),  # the only channel
             sample.metainfo,
