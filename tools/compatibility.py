@@ -55,8 +55,9 @@ SIZE, LARGE = (160, 192), (320, 384)  # of the images
 WANT_LARGE = ('ddod', 'dino', 'ssd', 'v3det')
 PROPOSALS = 100  # of two-stage detectors, in such small images
 ROUNDS = 5  # of the timing
-# Largest error of the maps, and least share of detections in common.
-LIMITS = {torch.float32: (1e-5, 0.95), torch.bfloat16: (0.03, 0)}
+# Largest error of the maps, and least share of detections in common. The
+# offsets of deformable layers amplify rounding, others' errors are below 1e-5.
+LIMITS = {torch.float32: (1e-4, 0.95), torch.bfloat16: (0.03, 0)}
 CRASHED = 'crashed'  # of a stage, until it ends
 HEADER = (
     *('family', 'config', 'outputs', 'changed too', 'trains'),

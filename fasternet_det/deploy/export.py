@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..data_preprocessor import MultiChannelDataPreprocessor
-from ..layers import SAConv
 from .decode import EndToEnd, nms, roi_align
 from .fold import fold
+from .fuse import stays
 from .versions import check_torch
 
 try:
@@ -135,7 +135,7 @@ def to_onnx(
 
     Args:
         model (nn.Module): A backbone or detector that :func:`fold` takes, in
-            eval mode and not folded. It is left as it is.
+            eval mode. It is left as it is.
         opset (int): Version of the operators, from 17 to 25, or, with
             RoIAlign, 21. Below 20, GELU is spelt out. Defaults to 20.
         preprocessor (DetDataPreprocessor, optional): What normalises the
@@ -165,10 +165,11 @@ def to_onnx(
         )
     folded = fold(model)
     for name, module in folded.named_modules():
-        if isinstance(module, SAConv):  # which else is folded away
+        if stays(module) and not isinstance(module, RoIAlign):
             raise ValueError(
-                f'cannot export {name}: its SAConv is deformable, and ONNX '
-                'has no such operator; train it with use_deform=False'
+                f'cannot export {name}: ONNX has no operator for its '
+                f'{type(module).__name__}; train an SAConv with '
+                'use_deform=False, and others without deformable layers'
             )
     whole = isinstance(folded, BaseDetector)
     graph = EndToEnd(folded) if whole else folded
