@@ -129,6 +129,14 @@ def _check_methods(module: nn.Module, owner: type) -> None:
     )
 
 
+def _check_coder(head: nn.Module) -> None:
+    _expect(
+        hasattr(head.bbox_coder, 'clip_border'),  # LegacyDeltaXYWH's is not
+        head,
+        'has a coder that clips by clip_border, as mmdet 2 and later do',
+    )
+
+
 def _check_nms(head: nn.Module) -> None:
     cfg = head.test_cfg
     _expect(
@@ -342,6 +350,7 @@ class DenseDecoder(Decoder):
             self.head,
             'limits candidates by nms_pre',
         )
+        _check_coder(self.head)
 
     def decode(
         self,
@@ -569,6 +578,7 @@ class RoIDecoder(Decoder):
         _expect(not self.head.with_shared_head, self.head, 'shares no head')
         for head in _listed(self.bbox_head):
             _check_methods(head, BBoxHead)
+            _check_coder(head)
             _expect(
                 head.with_reg
                 and not head.custom_cls_channels

@@ -79,7 +79,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """A weight with copies in the layouts that oneDNN wants.
 
     The copies are made when needed, follow the weight's version, and belong to
@@ -125,7 +125,7 @@ class _Packed(nn.Module):
         return self.__dict__ | dict(_source=None, _packed={})
 
 
-class FusedConv2d(_Packed):
+class FusedConv2d(Packed):
     """A convolution and its activation as one operator.
 
     Args:
@@ -236,7 +236,7 @@ class FusedUpsample(FusedConv2d):
         )
 
 
-class FusedLinear(_Packed):
+class FusedLinear(Packed):
     """A linear layer on oneDNN, where torch's own calls MKL.
 
     Args:

@@ -27,7 +27,7 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor
 
 from .fuse import stays
-from .operators import FastRoIExtractor, FusedConv2d, Predictor
+from .operators import FastRoIExtractor, FusedConv2d, Packed, Predictor
 
 # The heads that have a fast form, and their layers that give scores and
 # deltas. These compute in float32: rounded to bfloat16, many scores are equal,
@@ -190,8 +190,12 @@ def set_precision(
         cast_before(module, **PLAIN)
         cast_after(module, dtype=dtype, memory_format=memory_format)
         return
+    # Others may compute from their weights as they lie, such as ConvWS2d.
+    known = type(module) in (nn.Conv2d, nn.ConvTranspose2d)
+    known = known or isinstance(module, Packed)
+    layout = dict(memory_format=memory_format) if known else {}
     for tensor in (*module.parameters(False), *module.buffers(False)):
-        tensor.data = _cast(tensor.data, dtype, memory_format=memory_format)
+        tensor.data = _cast(tensor.data, dtype, **layout)
     names = predictors(module)
     for name, child in module.named_children():
         if name not in (names or ()):

@@ -338,6 +338,8 @@ def test_many_boxes_of_few_groups():
         (f'{MODELS_OF}/ssd300.py', []),
         ('yolo/yolov3_mobilenetv2_8xb24-ms-416-300e_coco.py', []),
         ('detr/detr_r50_8xb2-150e_coco.py', []),
+        ('legacy_1.x/retinanet_r50_fpn_1x_coco_v1.py', []),
+        ('legacy_1.x/faster-rcnn_r50_fpn_1x_coco_v1.py', []),
         ('double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py', ['rpn_head']),
         ('htc/htc_r50_fpn_1x_coco.py', ['rpn_head']),
         ('pisa/faster-rcnn_r50_fpn_pisa_1x_coco.py', ['rpn_head', 'roi_head']),

@@ -55,6 +55,10 @@ MODULES = {
         1,
     ),
     'other norm': (lambda: ConvModule(6, 8, 3, norm_cfg=GN), 1),
+    'standardised': (  # reads its weight as it lies
+        lambda: ConvModule(6, 8, 3, conv_cfg=dict(type='ConvWS'), norm_cfg=GN),
+        0,
+    ),
     'act first': (
         lambda: ConvModule(6, 8, 3, order=('act', 'conv', 'norm')),
         1,
