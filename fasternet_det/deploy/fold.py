@@ -19,7 +19,14 @@ from ..backbones import FasterNet, GGhostRegNet, SlotResNet
 from ..backbones.fasternet import FasterNetBlock, PatchEmbed, PatchMerging
 from ..backbones.g_ghost_regnet import Bottleneck, GhostStage
 from ..backbones.resnet import BasicBlock
-from .fold_layers import LAYERS, affine, fold_alone, folds
+from .fold_layers import (
+    LAYERS,
+    affine,
+    fold_alone,
+    folds,
+    owns_weight,
+    with_weight,
+)
 
 # Owner and name of a convolution, owner and name of the norm after it.
 Pair = Tuple[nn.Module, str, nn.Module, str]
@@ -145,12 +152,7 @@ def _fold_before(norm: _BatchNorm, conv: nn.Conv2d) -> nn.Conv2d:
     bias = (weight * shift[:, None, None]).sum((1, 2, 3))
     if conv.bias is not None:
         bias += conv.bias
-    folded = copy.deepcopy(conv)
-    dtype = conv.weight.dtype
-    weight = weight * scale[:, None, None]
-    folded.weight = nn.Parameter(weight.to(dtype))
-    folded.bias = nn.Parameter(bias.to(dtype))
-    return folded
+    return with_weight(conv, weight * scale[:, None, None], bias)
 
 
 def _fold_output_norms(backbone: FasterNet, neck: FPN) -> None:
@@ -169,9 +171,10 @@ def _fold_output_norms(backbone: FasterNet, neck: FPN) -> None:
             continue
         if neck.start_level <= i <= last:
             lateral = neck.lateral_convs[i - neck.start_level]
-            if type(lateral.conv) is not nn.Conv2d:
+            conv = lateral.conv
+            if type(conv) is not nn.Conv2d or not owns_weight(conv):
                 continue  # one that computes something else from its weight
-            lateral.conv = _fold_before(norm, lateral.conv)
+            lateral.conv = _fold_before(norm, conv)
         setattr(backbone, f'norm{position}', nn.Identity())
 
 

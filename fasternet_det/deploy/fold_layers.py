@@ -144,15 +144,36 @@ class FoldedSAConv(nn.Module):
         return self.small(x), self.large(x)
 
 
-def _fold_conv(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Module:
-    if conv._forward_pre_hooks:  # such as spectral_norm's, which sets weights
-        return None
+def owns_weight(conv: nn.Module) -> bool:
+    """Whether a layer's weight is its own, and none that hooks compute."""
+    return 'weight' in conv._parameters
+
+
+def with_weight(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """Copy a convolution that :func:`owns_weight`, with another one.
+
+    Args:
+        conv (nn.Conv2d): Is left as it is.
+        weight (Tensor): Of the shape of its own.
+        bias (Tensor): Of shape (out_channels,).
+
+    Returns:
+        nn.Conv2d: The copy, of the dtype of ``conv``.
+    """
     folded = copy.deepcopy(conv)
-    weight = conv.weight.double() * scale[:, None, None, None]
     folded.weight = nn.Parameter(weight.to(conv.weight.dtype))
-    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
     folded.bias = nn.Parameter(bias.to(conv.weight.dtype))
     return folded
+
+
+def _fold_conv(
+    conv: nn.Conv2d, scale: Tensor, shift: Tensor
+) -> Optional[nn.Module]:
+    if not owns_weight(conv):
+        return None
+    weight = conv.weight.double() * scale[:, None, None, None]
+    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+    return with_weight(conv, weight, bias)
 
 
 def _fold_spconv(

@@ -11,6 +11,7 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from ..backbones.fasternet import FasterNetBlock
 from ..backbones.g_ghost_regnet import Bottleneck
 from ..layers import SAConv
+from .fold_layers import owns_weight
 from .operators import (
     FastBottleneck,
     FastRoIExtractor,
@@ -38,8 +39,7 @@ def stays(module: nn.Module) -> bool:
 def _conv(conv: nn.Conv2d) -> Optional[nn.Module]:
     if conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
         return None
-    # A weight that hooks or others compute is none.
-    return FusedConv2d(conv) if 'weight' in conv._parameters else None
+    return FusedConv2d(conv) if owns_weight(conv) else None
 
 
 def _conv_module(module: ConvModule) -> Optional[nn.Module]:

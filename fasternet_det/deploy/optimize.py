@@ -1,6 +1,6 @@
 """The fast form of a backbone, or of a detector."""
 
-from typing import Dict
+from typing import Any, Dict
 
 import torch
 import torch.nn as nn
@@ -62,9 +62,12 @@ def _compile(part: nn.Module) -> None:
             module.compile()
 
 
-def _refuse_gradients(module: nn.Module, args: tuple) -> None:
+def _refuse_gradients(
+    module: nn.Module, args: tuple, kwargs: Dict[str, Any]
+) -> None:
     if torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in args
+        isinstance(value, Tensor) and value.requires_grad
+        for value in (*args, *kwargs.values())
     ):
         raise RuntimeError(
             'the fast form computes in place and gives no gradients: call it '
@@ -134,7 +137,7 @@ def optimize(
         part.to(**PLAIN)
     if not plain:
         decode_heads(model)
-    fast[0].register_forward_pre_hook(_refuse_gradients)
+    fast[0].register_forward_pre_hook(_refuse_gradients, with_kwargs=True)
     cast_before(fast[0], dtype=dtype, memory_format=memory_format)
     if plain:
         cast_after(fast[-1], **PLAIN)

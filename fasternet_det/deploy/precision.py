@@ -27,7 +27,7 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor
 
 from .fuse import stays
-from .operators import FastRoIExtractor, FusedConv2d, Packed, Predictor
+from .operators import FusedConv2d, Packed, Predictor
 
 # The heads that have a fast form, and their layers that give scores and
 # deltas. These compute in float32: rounded to bfloat16, many scores are equal,
@@ -54,11 +54,6 @@ PREDICTORS: Dict[type, Tuple[str, ...]] = {
     ConvFCBBoxHead: ('fc_cls', 'fc_reg'),
     FCNMaskHead: (),
 }
-# What hands regions and their features to the heads inside.
-HOLDERS = (
-    *(StandardRoIHead, CascadeRoIHead, nn.ModuleList),
-    *(SingleRoIExtractor, FastRoIExtractor),
-)
 # What stays as it is computes so; mmcv's ops read any memory as this.
 PLAIN = dict(dtype=torch.float32, memory_format=torch.contiguous_format)
 
@@ -85,9 +80,9 @@ def predictors(head: nn.Module) -> Optional[Tuple[str, ...]]:
 
 def _is_known(head: nn.Module) -> bool:
     """Whether all of a head has a fast form."""
-    if type(head) in HOLDERS[:3]:
+    if type(head) in (StandardRoIHead, CascadeRoIHead, nn.ModuleList):
         return all(map(_is_known, head.children()))
-    return type(head) in HOLDERS or predictors(head) is not None
+    return type(head) is SingleRoIExtractor or predictors(head) is not None
 
 
 def split(model: nn.Module) -> Tuple[List[nn.Module], List[nn.Module]]:
@@ -187,6 +182,7 @@ def set_precision(
         memory_format (torch.memory_format): Layout of weights and maps.
     """
     if stays(module) or type(module) is SingleRoIExtractor:
+        module.to(**PLAIN)
         cast_before(module, **PLAIN)
         cast_after(module, dtype=dtype, memory_format=memory_format)
         return
@@ -198,9 +194,10 @@ def set_precision(
         tensor.data = _cast(tensor.data, dtype, **layout)
     names = predictors(module)
     for name, child in module.named_children():
-        if name not in (names or ()):
-            set_precision(child, dtype, memory_format)
-        elif dtype != torch.float32:
+        predicts = name in (names or ())
+        child_dtype = torch.float32 if predicts else dtype
+        set_precision(child, child_dtype, memory_format)
+        if child_dtype != dtype:
             setattr(module, name, _in_float32(child))
     if names is not None and dtype != torch.float32:
         cast_after(module, dtype=torch.float32)

@@ -182,6 +182,18 @@ def test_convolutions_that_levels_share(head, randomise):
 
 
 @torch.no_grad()
+def test_laterals_whose_weights_hooks_compute(randomise):
+    path = 'fasternet/mask-rcnn_fasternet-t0_fpn_1x_coco.py'
+    model = randomise(build(path)).double()
+    nn.utils.spectral_norm(model.neck.lateral_convs[1].conv).eval()
+    x = image(1, 3, 64, 64).double()
+    expected = model.extract_feat(x)
+    folded = fold(model)
+    assert norms(folded) == ['backbone.norm2']
+    close(folded.extract_feat(x), expected, 1e-12)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize('norm_cfg', [None, dict(type='BN')])
 def test_other_convolutions_stay(norm_cfg, tamed):
     """ConvWS standardises its weight, so a folded one would be wrong."""

@@ -482,8 +482,28 @@ def test_gradients_are_refused():
     x = image(1, 3, 64, 64).requires_grad_()
     with pytest.raises(RuntimeError, match='in place and gives no gradients'):
         fast(x)
+    with pytest.raises(RuntimeError, match='in place and gives no gradients'):
+        fast(x=x)
     with torch.no_grad():
         fast(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_models_in_float64(dtype, randomise):
+    """Predictors and deformable layers too come down to float32."""
+    model = build('mini/retinanet_fasternet-t0_fpn_nuclei.py').eval()
+    owner = model.neck.fpn_convs[0]
+    owner.conv = ModulatedDeformConv2dPack(96, 96, 3, padding=1)
+    owner._modules['bn'] = nn.Identity()
+    randomise(model)
+    x = image(1, 3, 128, 96)
+    expected, found = (
+        m.bbox_head(m.extract_feat(x))
+        for m in (optimize(model, dtype), optimize(model.double(), dtype))
+    )
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-3 if dtype == torch.float32 else 0.1)
 
 
 @torch.no_grad()
