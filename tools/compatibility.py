@@ -56,7 +56,8 @@ WANT_LARGE = ('ddod', 'dino', 'ssd', 'v3det')
 PROPOSALS = 100  # of two-stage detectors, in such small images
 ROUNDS = 5  # of the timing
 # Largest error of the maps, and least share of detections in common. The
-# offsets of deformable layers amplify rounding, others' errors are below 1e-5.
+# offsets of deformable layers amplify rounding: noise of 1e-7 in the image
+# moves dyhead's maps by 5e-5.
 LIMITS = {torch.float32: (1e-4, 0.95), torch.bfloat16: (0.03, 0)}
 CRASHED = 'crashed'  # of a stage, until it ends
 HEADER = (
