@@ -8,7 +8,6 @@ from mmdet.models import BaseDetector
 from mmdet.models.necks import FPN
 from torch import Tensor
 
-from .decode import decode_heads
 from .fold import fold
 from .fuse import fuse
 from .operators import InPlaceBlock, kernel_dtypes
@@ -119,6 +118,8 @@ def optimize(
             detectors, or cannot be computed in ``dtype``.
     """
     check_torch('optimize')
+    from .decode import decode_heads  # its operators want torch 2.4
+
     _check(model, dtype)
     model = fold(model)
     fast, plain = split(model)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -15,6 +18,16 @@ def test_old_torch_is_named(version, monkeypatch):
     with pytest.raises(RuntimeError, match='export needs torch 2.6'):
         check_torch('export')
     fold(model)
+
+
+def test_import_on_old_torch():
+    """torch has custom_op from 2.4 on."""
+    code = (
+        'import mmdet.models, torch.distributed.tensor; '  # these use it
+        'import torch.library as t; vars(t).pop("custom_op", None); '
+        'from fasternet_det.deploy import fold, optimize'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 @pytest.mark.parametrize('version', ['2.6.0+cpu', '2.6.0a0', '2.15.0'])
