@@ -10,6 +10,7 @@ options, a side is the plain module in float32; the options are
   fold           BatchNorms folded
   channels_last  memory format
   optimize       fasternet_det.deploy.optimize
+  direct         the same without Winograd's tiles
   bf16, int8     precision
   compile        torch.compile
 

@@ -69,6 +69,7 @@ OPTIONS = (
     'fold',
     'channels_last',
     'optimize',
+    'direct',
     'bf16',
     'int8',
     'compile',
@@ -232,6 +233,8 @@ def parse(side: str) -> Spec:
         )
     if 'optimize' in options and {'original', 'fold'} & set(options):
         raise ValueError(f'{side!r}: optimize folds, and wants its own blocks')
+    if 'direct' in options and 'optimize' not in options:
+        raise ValueError(f'{side!r}: direct is an option of optimize')
     return Spec(side, name, runtime, options)
 
 
@@ -521,6 +524,7 @@ def build_side(spec: Spec, model: Model, threads: int, folder: Path) -> Side:
             model.module,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             compile='compile' in options,
+            winograd='direct' not in options,
         )
     else:
         module = plain_form(spec, model)

@@ -2,7 +2,8 @@
 
 =============  ==============================================================
 fold           norms into convolutions, exactly; what is unknown stays
-fuse           each module -> what computes it in fewer steps (operators.py)
+fuse           each module -> what computes it in fewer steps (operators.py,
+               3x3 convolutions by winograd.py)
 precision      the dtype and memory format in which each part computes
 decode         maps -> detections, in tensors
 optimize       the four in a row: the fast form; in a test loop, hook.py

@@ -18,20 +18,27 @@ class OptimizeHook(Hook):
         dtype (str): Name of a torch dtype, such as 'bfloat16'. Defaults to
             'float32'.
         compile (bool): Whether to use ``torch.compile``. Defaults to False.
+        winograd (bool): Whether convolutions in float32 may be computed by
+            Winograd's tiles. Defaults to True.
 
     Raises:
         ValueError: If there is no such dtype, or the model cannot be
             optimised.
     """
 
-    def __init__(self, dtype: str = 'float32', compile: bool = False) -> None:
+    def __init__(
+        self,
+        dtype: str = 'float32',
+        compile: bool = False,
+        winograd: bool = True,
+    ) -> None:
         self.dtype = getattr(torch, dtype, None)
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError(
                 f'dtype={dtype!r} is not the name of a torch dtype, such as '
                 "'float32' or 'bfloat16'"
             )
-        self.compile = compile
+        self.options = dict(compile=compile, winograd=winograd)
 
     def before_test(self, runner: Runner) -> None:
         """Replace the model of a runner, which has its weights by now."""
@@ -46,4 +53,4 @@ class OptimizeHook(Hook):
         ):
             model.module = self._optimize(model.module)
             return model
-        return optimize(model.eval(), self.dtype, compile=self.compile)
+        return optimize(model.eval(), self.dtype, **self.options)

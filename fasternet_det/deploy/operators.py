@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backbones.fasternet import FasterNetBlock
 from ..backbones.g_ghost_regnet import Bottleneck
+from . import winograd
 
 # What oneDNN calls the activations that it fuses: attribute and algorithm.
 FUSED = {
@@ -95,6 +96,10 @@ class Packed(nn.Module):
         self._source: Optional[Tensor] = None
         self._packed: Dict[torch.Size, Tensor] = {}
 
+    def _suited(self, shape: torch.Size) -> torch.Size:
+        """What the layout for an input of this shape depends on."""
+        return shape[2:]
+
     def _pack(self, shape: torch.Size) -> Tensor:
         raise NotImplementedError
 
@@ -114,7 +119,7 @@ class Packed(nn.Module):
         ):
             self._source, self._version = weight.data, version
             self._packed = {}
-        key = x.shape[2:]
+        key = self._suited(x.shape)
         if key not in self._packed:
             if len(self._packed) == KEPT_SHAPES:
                 del self._packed[next(iter(self._packed))]
@@ -145,8 +150,24 @@ class FusedConv2d(Packed):
         self.stride = conv.stride
         self.dilation = conv.dilation
         self.groups = conv.groups
+        self.winograd = True
+
+    def _by_winograd(self, shape: torch.Size) -> bool:
+        """Whether an input of this shape is convolved by Winograd's tiles."""
+        return (
+            self.winograd
+            and self.weight.dtype == torch.float32
+            and self.kernel_size == (3, 3)
+            and self._geometry() == ((1, 1), (1, 1), (1, 1), 1)
+            and winograd.wins(shape, self.out_channels)
+        )
+
+    def _suited(self, shape: torch.Size) -> torch.Size:
+        return torch.Size() if self._by_winograd(shape) else shape[2:]
 
     def _pack(self, shape: torch.Size) -> Tensor:
+        if self._by_winograd(shape):
+            return winograd.transform(self.weight)
         return torch.ops.mkldnn._reorder_convolution_weight(
             self.weight, *self._geometry(), list(shape)
         )
@@ -165,6 +186,10 @@ class FusedConv2d(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
         if _has_kernel(x):
+            if self._by_winograd(x.shape):
+                return winograd.convolve(
+                    x, self.packed(x), self.bias, self.activation
+                )
             kernel = torch.ops.mkldnn._convolution_pointwise
             return self._run(
                 kernel, (x,), x, (self.attribute, [], self.algorithm)
@@ -177,14 +202,14 @@ class FusedConv2d(Packed):
 
     def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
         """ReLU of ``y`` plus what is computed from ``x``."""
-        if not _has_kernel(x):
+        if not _has_kernel(x) or self._by_winograd(x.shape):
             return F.relu(y + self(x))
         kernel = torch.ops.mkldnn._convolution_pointwise.binary
         return self._run(kernel, (x, y), x, ('add', 1, 'relu', [], None))
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Add what is computed from ``x``, without activation, to ``y``."""
-        if not _has_kernel(x):
+        if not _has_kernel(x) or self._by_winograd(x.shape):
             return y.add_(self(x))
         kernel = torch.ops.mkldnn._convolution_pointwise_.binary
         return self._run(kernel, (y, x), x, ('add', 1, None, [], None))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .fold import fold
 from .fuse import fuse
-from .operators import InPlaceBlock, kernel_dtypes
+from .operators import FusedConv2d, InPlaceBlock, kernel_dtypes
 from .precision import (
     PLAIN,
     cast_after,
@@ -81,6 +81,7 @@ def optimize(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.channels_last,
     compile: bool = False,
+    winograd: bool = True,
 ) -> nn.Module:
     """Make the fast form of a detector, or of a backbone.
 
@@ -107,6 +108,9 @@ def optimize(
             Defaults to ``torch.channels_last``.
         compile (bool): Whether to leave the fusing to ``torch.compile``, which
             takes minutes at the first call. Defaults to False.
+        winograd (bool): Whether 3x3 convolutions in float32 may be computed by
+            :mod:`~fasternet_det.deploy.winograd`, where that is faster.
+            Defaults to True.
 
     Returns:
         nn.Module: A copy for inference, without gradients. A bare backbone's
@@ -136,6 +140,9 @@ def optimize(
         set_precision(part, dtype, memory_format)
     for part in plain:
         part.to(**PLAIN)
+    for module in model.modules():
+        if isinstance(module, FusedConv2d):
+            module.winograd = winograd
     if not plain:
         decode_heads(model)
     fast[0].register_forward_pre_hook(_refuse_gradients, with_kwargs=True)

@@ -1,0 +1,127 @@
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from fasternet_det import FasterNet
+from fasternet_det.deploy import OptimizeHook, optimize, winograd
+from fasternet_det.deploy.operators import FusedConv2d
+
+pytestmark = pytest.mark.deploy
+TOLERANCE = dict(rtol=0, atol=3e-5)
+
+
+def seeded(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize('band', [1, 2**16, 2**23])
+@pytest.mark.parametrize(
+    'shape', [(1, 5, 8, 8), (2, 5, 13, 6), (3, 4, 14, 14), (2, 3, 1, 1)]
+)
+def test_is_the_convolution(shape, band, monkeypatch):
+    """Of one tile at a time, of some rows, and of all images at once."""
+    monkeypatch.setattr(winograd, 'BAND', band)
+    x, weight, bias = seeded(shape, (7, shape[1], 3, 3), (7,))
+    transformed = winograd.transform(weight)
+    assert transformed.shape == (36, shape[1], 7)
+    for some in (bias, None):
+        found = winograd.convolve(x, transformed, some, nn.SiLU())
+        expected = F.silu(F.conv2d(x, weight, some, 1, 1))
+        assert_close(found, expected, rtol=0, atol=1e-12)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rounding():
+    """In float32, over 256 channels, as near as the direct one's 1.3e-6."""
+    x, weight = seeded((1, 256, 24, 32), (256, 256, 3, 3))
+    expected = F.conv2d(x, weight, None, 1, 1)
+    found = winograd.convolve(
+        x.float(), winograd.transform(weight.float()), None, nn.Identity()
+    )
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < 4e-6
+
+
+@pytest.mark.parametrize(
+    'shape, out_channels, expected',
+    [
+        ((1, 256, 200, 304), 256, True),
+        ((1, 256, 25, 38), 256, True),
+        ((1, 128, 50, 76), 128, True),
+        ((100, 256, 14, 14), 256, True),
+        ((100, 128, 14, 14), 128, False),  # a quarter of the tiles is empty
+        ((1, 256, 7, 10), 256, False),  # six tiles
+        ((1, 64, 200, 304), 256, False),
+        ((1, 256, 200, 304), 36, False),
+    ],
+)
+def test_where_it_is_faster(shape, out_channels, expected):
+    assert winograd.wins(torch.Size(shape), out_channels) is expected
+
+
+@torch.no_grad()
+def test_fused(monkeypatch):
+    """Weights that change are followed; all sizes share the transformed."""
+    layer = FusedConv2d(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())
+    called = []
+    convolve = winograd.convolve
+    monkeypatch.setattr(
+        winograd, 'convolve', lambda *a: called.append(1) or convolve(*a)
+    )
+    for size in ((32, 32), (16, 48), (32, 32)):
+        x = torch.randn(1, 128, *size)
+        expected = F.conv2d(x, layer.weight, layer.bias, 1, 1)
+        assert_close(layer(x), expected.relu(), **TOLERANCE)
+        assert_close(
+            layer.add_relu(x, x), (x + expected.relu()).relu(), **TOLERANCE
+        )
+        assert_close(
+            layer.add_to(x.clone(), x), x + expected.relu(), **TOLERANCE
+        )
+        layer.weight.mul_(1.5)
+    assert len(called) == 9 and len(layer._packed) == 1
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(stride=2),
+        dict(padding=0),
+        dict(dilation=2, padding=2),
+        dict(groups=2),
+        dict(kernel_size=1, padding=0),
+        dict(dtype=torch.bfloat16),
+        dict(dtype=torch.float64),
+    ],
+)
+@torch.no_grad()
+def test_others_are_direct(kwargs, monkeypatch):
+    monkeypatch.delattr(winograd, 'convolve')
+    conv = dict(in_channels=128, out_channels=128, kernel_size=3, padding=1)
+    conv = nn.Conv2d(**{**conv, **kwargs})
+    x = torch.randn(1, 128, 32, 32, dtype=conv.weight.dtype)
+    tolerance = 0.05 if x.dtype == torch.bfloat16 else 1e-5
+    assert_close(FusedConv2d(conv)(x), conv(x), rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_switch(tamed, monkeypatch):
+    """In the last stage of FasterNet-S, 256 channels are convolved."""
+    model = tamed(FasterNet('s'))
+    x = torch.randn(2, 3, 384, 384)
+    expected = model(x)
+    for fast in (optimize(model), optimize(model, winograd=False)):
+        for a, b in zip(fast(x), expected, strict=True):
+            assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    monkeypatch.delattr(winograd, 'convolve')
+    optimize(model, winograd=False)(x)
+    with pytest.raises(AttributeError, match='convolve'):
+        optimize(model)(x)
+    hook = OptimizeHook(winograd=False)
+    hook._optimize(model)(x)
