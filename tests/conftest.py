@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from fill import fill_array
 from mmengine.logging import MMLogger
 from mmengine.utils import digit_version, get_installed_path
@@ -259,11 +260,21 @@ def config(project):
 
 
 @pytest.fixture(scope='session')
-def trained(project, config):
-    """Train RetinaNet with mmdet's train.py; return the work directory."""
-    project(
-        *(project.tools / 'train.py', config, '--cfg-options'),
-        *('train_cfg.max_iters=60', 'train_cfg.val_interval=60'),
-        'param_scheduler.1.end=60',
-    )
-    return project.folder / 'work_dirs' / config.stem
+def trained(project, config, tmp_path_factory):
+    """Train RetinaNet with mmdet's train.py; return the work directory.
+
+    The workers of a run share it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent
+    work_dir = folder / 'trained' / config.stem
+    with FileLock(f'{folder / "trained"}.lock'):
+        if not (work_dir / 'iter_60.pth').exists():
+            project(
+                *(project.tools / 'train.py', config),
+                *('--work-dir', work_dir, '--cfg-options'),
+                *('train_cfg.max_iters=60', 'train_cfg.val_interval=60'),
+                'param_scheduler.1.end=60',
+            )
+    return work_dir

@@ -62,6 +62,7 @@ TRIAL_CHANGES: Dict[str, Dict[str, Any]] = {
     'strong_baselines': NO_SYNC,
 }
 ENOUGH = 20  # detections in an image
+SATURATED, TEMPERINGS = 0.99, 6
 
 
 class NoDetectorError(ValueError):
@@ -254,15 +255,12 @@ def found_by(run: Callable[[], Any]) -> InstanceData:
     return with_area(instances)
 
 
-def set_threshold(model: Model) -> InstanceData:
+def find_threshold(model: Model) -> InstanceData:
     """Set the highest score threshold at which enough is found: seeded
     weights score as they like.
 
     Returns:
         InstanceData: What is then found.
-
-    Raises:
-        ValueError: If nothing is found, whatever the threshold.
     """
     run = model.run_of(model.module)
     configs = [
@@ -281,7 +279,27 @@ def set_threshold(model: Model) -> InstanceData:
         low, high = (middle, high) if enough else (low, middle)
     for config in configs:
         config.score_thr = low
-    found = found_by(run)
+    return found_by(run)
+
+
+def set_threshold(model: Model) -> InstanceData:
+    """Set the score threshold of a detector, and temper its scores: where the
+    best are all 1 to the last digit, rounding says which NMS keeps.
+
+    Returns:
+        InstanceData: What is then found.
+
+    Raises:
+        ValueError: If nothing is found, whatever the threshold.
+    """
+    found = find_threshold(model)
+    for _ in range(TEMPERINGS):
+        if not (found.scores > SATURATED).any():
+            break
+        for name, parameter in model.module.named_parameters():
+            if parameter.dim() > 1 and re.search('cls|obj', name):
+                parameter.data /= 2
+        found = find_threshold(model)
     if not len(found):
         raise ValueError('it finds nothing, whatever the threshold')
     return found
