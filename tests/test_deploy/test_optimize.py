@@ -180,21 +180,28 @@ def test_other_activations(act, randomise):
 
 
 @pytest.mark.parametrize(
+    'config, head',
+    [
+        ('mini/mask-rcnn_fasternet-t0_fpn_nuclei.py', 'rpn_head'),
+        ('mini/retinanet_fasternet-t0_fpn_nuclei.py', 'bbox_head'),  # of 3x3
+    ],
+)
+@pytest.mark.parametrize(
     'dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.01)]
 )
-def test_tiles(dtype, tolerance, randomise, monkeypatch):
+def test_tiles(dtype, tolerance, config, head, randomise, monkeypatch):
     """Large maps are computed in tiles, unequal ones too."""
-    model = build('mini/mask-rcnn_fasternet-t0_fpn_nuclei.py')
-    fast = optimize(randomise(model).eval(), dtype)
+    fast = optimize(randomise(build(config)).eval(), dtype)
+    head = getattr(fast, head)
     x = image(2, 3, 128, 96)
     maps = fast.extract_feat(x)
-    outs = fast.rpn_head(maps)
+    outs = head(maps)
     monkeypatch.setattr('fasternet_det.deploy.operators.TILE', 2**14)
     close(
         *([m.float() for m in ms] for ms in (fast.extract_feat(x), maps)),
         tolerance,
     )
-    for a, b in zip(fast.rpn_head(maps), outs, strict=True):
+    for a, b in zip(head(maps), outs, strict=True):
         close(a, b, tolerance)
 
 
