@@ -26,6 +26,7 @@ import shlex
 import sys
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -71,7 +72,8 @@ from rich.markdown import Markdown
 from torch import Tensor
 
 from fasternet_det.backbones.fasternet import PartialConv
-from fasternet_det.deploy.operators import kernel_dtypes
+from fasternet_det.deploy import winograd
+from fasternet_det.deploy.operators import FusedConv2d, kernel_dtypes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs' / 'fasternet'
@@ -79,6 +81,12 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 # Paper, Table 1: channels and side of the maps, of stacks of ten layers.
 PAPER_MAPS = ((96, 56), (192, 28), (384, 14), (768, 7))
 PAPER_LAYERS = 10
+# Channels, and batch and sides of maps, of detectors at 800x1216.
+CHANNELS = (64, 96, 128, 256, 512)
+WINOGRAD_MAPS = (
+    *((1, 200, 304), (1, 100, 152), (1, 50, 76), (1, 25, 38), (1, 13, 19)),
+    *((1, 7, 10), (100, 14, 14)),
+)
 NO_BFLOAT16 = 'this CPU does not compute in bfloat16'
 AGREEMENT = 0.95  # least share of detections that float32 sides have in common
 
@@ -358,6 +366,46 @@ def measure_operators(
         layers=PAPER_LAYERS,
         rows=rows,
     )
+
+
+def measure_winograd(
+    threads: Optional[int] = None, rounds: int = 20
+) -> Dict[str, Any]:
+    """Time 3x3 convolutions with ReLU by Winograd's tiles, wherever the fast
+    form computes them, against oneDNN's direct ones.
+
+    Raises:
+        ValueError: If they differ by more than rounding explains.
+    """
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    rows = []
+    with torch.no_grad():
+        for channels, (batch, *size) in product(CHANNELS, WINOGRAD_MAPS):
+            layer = fill(conv(channels, 1))
+            direct = FusedConv2d(layer, nn.ReLU(inplace=True))
+            direct.winograd = False
+            x = torch.randn(batch, channels, *size)
+            x = x.to(memory_format=torch.channels_last)
+            tiles = partial(
+                *(winograd.convolve, x, winograd.transform(layer.weight)),
+                *(layer.bias, direct.activation),
+            )
+            error = difference([tiles()], [direct(x)])
+            if error > 1e-5:
+                raise ValueError(f'{x.shape}: they differ by {error:.1e}')
+            times = alternate([partial(direct, x), tiles], rounds)
+            rows.append(
+                dict(
+                    map=list(x.shape),
+                    direct=quartiles(times[0]),
+                    winograd=quartiles(times[1]),
+                    ratio=ratios(*times),
+                    difference=error,
+                    used=winograd.wins(x.shape, channels),
+                )
+            )
+    return dict(kind='winograd', threads=threads, rounds=rounds, rows=rows)
 
 
 def conv(channels: int, groups: int) -> nn.Conv2d:
@@ -676,6 +724,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     operators.add_argument('--batch', type=int, default=1)
 
+    commands.add_parser(
+        'winograd', parents=[measuring], help='3x3 convolutions, both ways'
+    )
+
     training = commands.add_parser(
         'training', parents=[measuring], help='training step of a detector'
     )
@@ -731,6 +783,8 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         )
     if args.command == 'operators':
         return measure_operators(args.batch, **settings)
+    if args.command == 'winograd':
+        return measure_winograd(**settings)
     if args.command == 'training':
         return measure_training(args.config, args.size, args.batch, **settings)
     return measure_goals(shrink=args.shrink, **settings)

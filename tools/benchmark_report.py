@@ -276,6 +276,29 @@ def _operators(result: Dict[str, Any]) -> str:
     )
 
 
+def _winograd(result: Dict[str, Any]) -> str:
+    rows = [
+        [
+            'x'.join(map(str, row['map'])),
+            _ms(row['direct']),
+            _ms(row['winograd']),
+            _x(row['ratio']),
+            f'{row["difference"]:.1e}',
+            'yes' if row['used'] else 'no',
+        ]
+        for row in result['rows']
+    ]
+    header = ['map', 'direct, ms', 'Winograd, ms', 'times faster']
+    return '\n\n'.join(
+        [
+            'As many channels in as out, ReLU, float32, '
+            f'{result["threads"]} threads, {result["rounds"]} rounds; '
+            'medians, quartiles in brackets. Used: in the fast form.',
+            table([*header, 'difference', 'used'], rows),
+        ]
+    )
+
+
 def _training(result: Dict[str, Any]) -> str:
     rows = [
         [
@@ -358,6 +381,7 @@ FORMS = dict(
     models=_models,
     scaling=_scaling,
     operators=_operators,
+    winograd=_winograd,
     training=_training,
     goals=_goals,
 )

@@ -321,6 +321,17 @@ def test_operators(monkeypatch, tmp_path):
     assert set(flops.values()) == {pconv}
 
 
+def test_winograd(monkeypatch, tmp_path):
+    maps = ((2, 8, 12), (1, 16, 16))
+    monkeypatch.setattr(benchmark, 'WINOGRAD_MAPS', maps)
+    monkeypatch.setattr(benchmark, 'CHANNELS', (8, 128))
+    run(monkeypatch, 'winograd', '--rounds', 1, '--out', tmp_path)
+    rows = json.loads((tmp_path / 'winograd.json').read_text())['rows']
+    assert [row['used'] for row in rows] == [False, False, False, True]
+    assert rows[0]['map'] == [2, 8, 8, 12]
+    assert 0 < max(row['difference'] for row in rows) < 1e-5
+
+
 def test_scaling_and_report(monkeypatch, tmp_path):
     monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '99')
     command = ['scaling', 'fasternet-t0', '--rounds', 1, '--out', tmp_path]
