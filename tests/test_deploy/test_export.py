@@ -497,6 +497,25 @@ def test_other_detectors_and_opsets(name, opset, layers, randomise, tmp_path):
         ),
         (
             MASK_RCNN,
+            lambda c: c.roi_head.bbox_roi_extractor.roi_layer.update(
+                aligned=False
+            ),
+            'averaging, aligned RoIAligns',
+        ),
+        (
+            MASK_RCNN,
+            lambda c: c.roi_head.update(
+                shared_head=dict(type='ResLayer', depth=18)
+            ),
+            'shares no head',
+        ),
+        (
+            RETINANET,
+            lambda c: c.test_cfg.pop('nms'),
+            'a test_cfg with nms',
+        ),
+        (
+            MASK_RCNN,
             lambda c: c.update(rpn_head=None),
             'a MaskRCNN that has a rpn_head',
         ),
@@ -508,6 +527,14 @@ def test_detectors_that_decode_otherwise(name, change, message):
     change(cfg)
     with pytest.raises(ValueError, match=f'{message}.* backbone alone can be'):
         EndToEnd(MODELS.build(cfg).eval())
+
+
+def test_heads_of_other_kinds():
+    init_default_scope('mmdet')
+    model = MODELS.build(Config.fromfile(CONFIGS / RETINANET).model).eval()
+    model.bbox_head = nn.Identity()
+    with pytest.raises(ValueError, match='a Identity that derives from one'):
+        EndToEnd(model)
 
 
 @pytest.mark.parametrize(
