@@ -23,6 +23,7 @@ from fasternet_det.checkpoint import (
 )
 
 ARCHS = ('t0', 't1', 't2', 's', 'm', 'l')
+FILES = [(arch, 'pth') for arch in ARCHS] + [('t0', 'safetensors')]
 CONFIGS = Path(__file__).parent.parent / 'configs' / 'fasternet'
 
 
@@ -48,8 +49,7 @@ def check(model, state_dict):
         assert torch.equal(own[key], state_dict[key]), key
 
 
-@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
-@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('arch, suffix', FILES)
 def test_original(arch, suffix, imagenet, tmp_path):
     state_dict = imagenet(arch)
     path = tmp_path / f'fasternet.{suffix}'
@@ -57,8 +57,7 @@ def test_original(arch, suffix, imagenet, tmp_path):
     check(backbone_from(path, arch), state_dict)
 
 
-@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
-@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('arch, suffix', FILES)
 def test_timm(arch, suffix, imagenet, timm_keys, tmp_path):
     state_dict = imagenet(arch)
     timm = fasternet_to_timm(state_dict)

@@ -424,7 +424,7 @@ def assert_exports(model, path, runtimes, sizes, stride=None):
 def test_export_of_heads(kind, runtimes, tmp_path):
     model = build(kind)
     stride = INS_STRIDE if kind == 'rtmdet-ins' else None
-    sizes = [(96, 128), (64, 64), (320, 480)]
+    sizes = [(96, 128), (64, 64), (160, 224)]
     if model.neck.__class__.__name__ == 'FPN':
         sizes.append((101, 135))
     assert_exports(model, tmp_path / 'a.onnx', runtimes, sizes, stride)

@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def test_models(monkeypatch, capsys, tmp_path):
     # Fewer operators, less traffic; half the bytes, less still.
     assert rows[0]['traffic'] > rows[3]['traffic'] > rows[4]['traffic']
     assert result['peaks'].keys() == {'float32', 'bfloat16'}
-    assert result['machine']['versions']['torch'] == torch.__version__
+    installed = version('torch')  # without +cu132, of some wheels
+    assert result['machine']['versions']['torch'] == installed
     text = (tmp_path / 'models.md').read_text()
     assert all(f'| {side} |' in text for side in sides)
     assert 0 < (tmp_path / 'models.png').stat().st_size < 150_000
