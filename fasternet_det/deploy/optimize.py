@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .fold import fold
 from .fuse import fuse
-from .operators import FusedConv2d, InPlaceBlock, kernel_dtypes
+from .operators import FusedConv2d, kernel_dtypes
 from .precision import (
     PLAIN,
     cast_after,
@@ -25,7 +25,8 @@ from .versions import check_torch
 def _check(model: nn.Module, dtype: torch.dtype) -> None:
     """Refuse what cannot be computed in a dtype."""
     if any(
-        type(m).__module__ == InPlaceBlock.__module__ for m in model.modules()
+        _refuse_gradients in m._forward_pre_hooks.values()
+        for m in model.modules()
     ):
         raise ValueError(
             'the model is in fast form already: optimise the original'

@@ -409,8 +409,9 @@ def test_detectors_that_hold_detectors():
         optimize(outer.eval())
 
 
-def test_twice():
-    fast = optimize(FasterNet('t0').eval())
+@pytest.mark.parametrize('compile', [False, True])
+def test_twice(compile):
+    fast = optimize(FasterNet('t0').eval(), compile=compile)
     with pytest.raises(ValueError, match='in fast form already: optimise the'):
         optimize(fast)
     optimize(fold(FasterNet('t0').eval()))
