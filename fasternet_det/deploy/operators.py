@@ -28,6 +28,9 @@ FUSED = {
 # A prepacked weight suits one input shape, so a convolution keeps a few: a
 # pyramid has five.
 KEPT_SHAPES = 5
+# the weight, its version, and its copies by what they suit
+NOTHING_PACKED: Tuple[Optional[Tensor], int, Dict[torch.Size, Tensor]]
+NOTHING_PACKED = (None, 0, {})
 # Bytes of hidden map that a block computes at a time. It then stays in the
 # CPU's last cache, and below the 32 MiB from which glibc maps fresh pages for
 # every tensor.
@@ -93,8 +96,7 @@ class Packed(nn.Module):
         self.bias = layer.bias
         self.activation = activation
         self.attribute, self.algorithm = FUSED[type(activation)]
-        self._source: Optional[Tensor] = None
-        self._packed: Dict[torch.Size, Tensor] = {}
+        self._packed = NOTHING_PACKED
 
     def _suited(self, shape: torch.Size) -> torch.Size:
         """What the layout for an input of this shape depends on."""
@@ -111,23 +113,24 @@ class Packed(nn.Module):
         """
         weight = self.weight
         version = 0 if weight.is_inference() else weight._version
-        # The source is kept alive, so that no other weight has its address.
+        # Read and replaced as one, since threads may share the module. The
+        # source is kept alive, so that no other weight has its address.
+        source, known, kept = self._packed
         if (
-            self._source is None
-            or self._source.data_ptr() != weight.data_ptr()
-            or self._version != version
+            source is None
+            or source.data_ptr() != weight.data_ptr()
+            or known != version
         ):
-            self._source, self._version = weight.data, version
-            self._packed = {}
+            source, kept = weight.data, {}
         key = self._suited(x.shape)
-        if key not in self._packed:
-            if len(self._packed) == KEPT_SHAPES:
-                del self._packed[next(iter(self._packed))]
-            self._packed[key] = self._pack(x.shape)
-        return self._packed[key]
+        if key not in kept:
+            kept = dict(list(kept.items())[1 - KEPT_SHAPES :])
+            kept[key] = self._pack(x.shape)
+            self._packed = source, version, kept
+        return kept[key]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | dict(_source=None, _packed={})
+        return self.__dict__ | dict(_packed=NOTHING_PACKED)
 
 
 class FusedConv2d(Packed):

@@ -1,5 +1,6 @@
 """A batch of N images gives what N single images give, in every form."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,23 @@ def test_batch_is_its_images(form, detector, batch):
         # An exported graph suppresses boxes before they are clipped.
         if not is_exported or SIDES[i] == (128, 128):
             assert_equal(together[i], expected)
+
+
+@pytest.mark.parametrize('form', ['fast'], indirect=True)
+def test_threads(form, batch):
+    """Requests of several sizes at once get what they get one by one."""
+    images, samples = batch
+    requests = [
+        (images[i : i + 1, :, :height, :width], samples[i : i + 1])
+        for height, width in ((128, 128), (96, 128), (64, 96), (128, 32))
+        for i in (0, 1, 2)
+    ]
+    expected = [predict(form, *request)[0] for request in requests]
+    assert sum(map(len, expected)) > 20
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda request: predict(form, *request), requests * 2)
+        for (a,), b in zip(found, expected * 2, strict=True):
+            assert_equal(a, b)
 
 
 @pytest.mark.parametrize('form', ['eager', 'fast'], indirect=True)

@@ -3,7 +3,9 @@ import pickle
 import re
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -212,8 +214,26 @@ def test_packed_weights_are_few():
         expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
         with torch.no_grad():
             close([conv(x)], [expected.relu()], 1e-5)
-    assert len(conv._packed) == KEPT_SHAPES
+    assert len(conv._packed[2]) == KEPT_SHAPES
     assert conv(random('x', 0, 3, 5, 5)).shape == (0, 8, 5, 5)
+
+
+def test_threads_share_packed_weights(monkeypatch):
+    """They stay few, though all threads pack at once."""
+    conv = FusedConv2d(nn.Conv2d(3, 8, 3)).requires_grad_(False)
+    images = [random('x', 1, 3, size, size) for size in range(4, 12)]
+    expected = [conv(x) for x in images]
+    conv = pickle.loads(pickle.dumps(conv))  # without what is packed
+    barrier, pack = Barrier(len(images), timeout=60), conv._pack
+
+    def pack_at_once(shape):
+        barrier.wait()
+        return pack(shape)
+
+    monkeypatch.setattr(conv, '_pack', pack_at_once)
+    with ThreadPoolExecutor(len(images)) as pool:
+        assert all(map(torch.equal, pool.map(conv, images), expected))
+    assert 0 < len(conv._packed[2]) <= KEPT_SHAPES
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -526,7 +546,7 @@ def test_packed_weights_follow_the_weight():
         lambda w: setattr(w, 'data', torch.rand_like(w)),
     ):
         close([fused(x), fused(x[:1])], [conv(x), conv(x[:1])], 1e-5)
-        assert len(fused._packed) <= 1
+        assert len(fused._packed[2]) <= 1
         change(conv.weight)
     close([fused(x)], [conv(x)], 1e-5)
 

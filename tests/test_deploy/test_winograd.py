@@ -85,7 +85,7 @@ def test_fused(monkeypatch):
             layer.add_to(x.clone(), x), x + expected.relu(), **TOLERANCE
         )
         layer.weight.mul_(1.5)
-    assert len(called) == 9 and len(layer._packed) == 1
+    assert len(called) == 9 and len(layer._packed[2]) == 1
 
 
 @pytest.mark.parametrize(
