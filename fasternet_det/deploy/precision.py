@@ -181,7 +181,7 @@ def set_precision(
         dtype (torch.dtype): float32, bfloat16, or float16 on CUDA.
         memory_format (torch.memory_format): Layout of weights and maps.
     """
-    if stays(module) or type(module) is SingleRoIExtractor:
+    if stays(module):
         module.to(**PLAIN)
         cast_before(module, **PLAIN)
         cast_after(module, dtype=dtype, memory_format=memory_format)

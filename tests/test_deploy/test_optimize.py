@@ -429,6 +429,28 @@ def test_detectors_that_hold_detectors():
         optimize(outer.eval())
 
 
+class Shuffle(nn.Module):
+    """Channels by an index, which is no number to be rounded."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('index', torch.tensor([2, 0, 1]))
+
+    def forward(self, x):
+        return x[:, self.index]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_bare_layers(dtype):
+    conv = nn.Conv2d(3, 3, 3).eval()
+    x = random('x', 1, 3, 6, 6)
+    fast = optimize(conv, dtype)
+    assert type(fast) is FusedConv2d
+    expected = fast(x)
+    shuffled = optimize(nn.Sequential(conv, Shuffle()).eval(), dtype)(x)
+    assert torch.equal(shuffled, expected[:, [2, 0, 1]])
+
+
 @pytest.mark.parametrize('compile', [False, True])
 def test_twice(compile):
     fast = optimize(FasterNet('t0').eval(), compile=compile)
