@@ -230,3 +230,23 @@ def test_yolofs_neck(tamed):
     assert norms(folded) == []
     x = image(1, 32, 9, 7).double()
     close(folded((x,)), neck((x,)), 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'order, left',
+    [
+        (('conv', 'norm', 'act'), []),
+        (('act', 'conv', 'norm'), []),
+        (('norm', 'act', 'conv'), ['bn']),
+        (('conv', 'act', 'norm'), ['bn']),
+    ],
+)
+def test_orders_of_a_block(order, left, tamed):
+    """Just a norm that reads the convolution's output is part of it."""
+    norm_cfg = dict(type='BN')
+    block = tamed(ConvModule(6, 6, 3, norm_cfg=norm_cfg, order=order)).double()
+    folded = fold(block)
+    assert norms(folded) == left
+    x = image(2, 6, 9, 7).double()
+    close([folded(x)], [block(x)], 1e-12)
