@@ -250,3 +250,16 @@ def test_orders_of_a_block(order, left, tamed):
     assert norms(folded) == left
     x = image(2, 6, 9, 7).double()
     close([folded(x)], [block(x)], 1e-12)
+
+
+@torch.no_grad()
+def test_output_norms_of_another_kind(tamed):
+    """Of a group norm, there is nothing that a lateral could take over."""
+    cfg = Config.fromfile(
+        CONFIGS / 'fasternet/retinanet_fasternet-t0_fpn_1x_coco.py'
+    ).model
+    cfg.backbone.update(norm_cfg=dict(type='GN', num_groups=4))
+    model = tamed(MODELS.build(cfg)).double()
+    x = image(1, 3, 64, 64).double()
+    folded = fold(fold(model))
+    close(folded.extract_feat(x), model.extract_feat(x), 1e-12)
