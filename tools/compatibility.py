@@ -99,6 +99,9 @@ class Trial:
         self.config, changed = adapt(self.family)
         self.config.merge_from_dict(TRIAL_CHANGES.get(self.family, {}))
         model = self.config.model
+        # An exported graph of normalised images takes padding for pixels.
+        divisor = model.data_preprocessor.get('pad_size_divisor', 1)
+        self.size = [-(-side // divisor) * divisor for side in self.size]
         for key, rpn in (('train_cfg', 'rpn_proposal'), ('test_cfg', 'rpn')):
             if rpn in (model.get(key) or ()):
                 model[key][rpn].max_per_img = PROPOSALS
