@@ -371,8 +371,8 @@ def measure_operators(
 def measure_winograd(
     threads: Optional[int] = None, rounds: int = 20
 ) -> Dict[str, Any]:
-    """Time 3x3 convolutions with ReLU by Winograd's tiles, wherever the fast
-    form computes them, against oneDNN's direct ones.
+    """Time 3x3 convolutions with ReLU by Winograd's tiles, whether the fast
+    form takes these or not, against oneDNN's direct ones.
 
     Raises:
         ValueError: If they differ by more than rounding explains.

@@ -503,6 +503,7 @@ def test_goals_command(monkeypatch, tmp_path):
         ('fasternet-t0@openvino:fold', 'of the options only bf16 and int8'),
         ('fasternet-t0@onnxruntime:bf16', 'ONNX Runtime has no bf16'),
         ('fasternet-t0:optimize,fold', 'optimize folds'),
+        ('fasternet-t0:direct', 'direct is an option of optimize'),
         (f'{RETINANET}:bf16', 'bf16 and compile go with optimize'),
     ],
 )
