@@ -309,3 +309,16 @@ def test_layers_with_other_norms_stay(tamed):
     x = image(1, 8, 6, 6)
     for name in 'ab':
         close([folded[name](x)], [model[name](x)], 1e-5)
+
+
+@torch.no_grad()
+def test_saconv_before_a_norm_of_zero(tamed):
+    """As residual blocks start: what is nothing need not be scaled back."""
+    cfgs = dict(conv_cfg=dict(type='SAConv'), norm_cfg=dict(type='BN'))
+    module = tamed(ConvModule(6, 4, 3, padding=1, **cfgs)).double()
+    module.conv.post_context.weight.zero_()
+    module.norm.weight[0] = 0
+    folded = fold(module)
+    assert norms(folded) == []
+    x = torch.randn(2, 6, 9, 7, dtype=torch.double)
+    close([folded(x)], [module(x)], 1e-12)
