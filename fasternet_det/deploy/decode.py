@@ -38,6 +38,11 @@ from mmdet.utils import InstanceList
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from .versions import check_torch
+
+# Before 2.4, the operators below fail and do not say why.
+check_torch('fasternet_det.deploy.decode')
+
 # Most detections of an image in the graph of a YOLOX, which sets no
 # max_per_img. COCO's AP reads 100.
 MOST = 300

@@ -38,7 +38,8 @@ class OptimizeHook(Hook):
                 f'dtype={dtype!r} is not the name of a torch dtype, such as '
                 "'float32' or 'bfloat16'"
             )
-        self.options = dict(compile=compile, winograd=winograd)
+        self.compile = compile
+        self.winograd = winograd
 
     def before_test(self, runner: Runner) -> None:
         """Replace the model of a runner, which has its weights by now."""
@@ -53,4 +54,9 @@ class OptimizeHook(Hook):
         ):
             model.module = self._optimize(model.module)
             return model
-        return optimize(model.eval(), self.dtype, **self.options)
+        return optimize(
+            model.eval(),
+            self.dtype,
+            compile=self.compile,
+            winograd=self.winograd,
+        )

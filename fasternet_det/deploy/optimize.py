@@ -123,7 +123,7 @@ def optimize(
             detectors, or cannot be computed in ``dtype``.
     """
     check_torch('optimize')
-    from .decode import decode_heads  # its operators want torch 2.4
+    from .decode import decode_heads  # cannot be imported on an older one
 
     _check(model, dtype)
     model = fold(model)

@@ -25,9 +25,15 @@ def test_import_on_old_torch():
     code = (
         'import mmdet.models, torch.distributed.tensor; '  # these use it
         'import torch.library as t; vars(t).pop("custom_op", None); '
-        'from fasternet_det.deploy import fold, optimize'
+        'torch.__version__ = "2.1.2"; '
+        'from fasternet_det.deploy import fold, optimize; '
+        'import fasternet_det.deploy.decode'
     )
-    subprocess.run([sys.executable, '-c', code], check=True)
+    done = subprocess.run(
+        [sys.executable, '-c', code], text=True, capture_output=True
+    )
+    message = 'RuntimeError: fasternet_det.deploy.decode needs torch 2.6 or'
+    assert message in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize('version', ['2.6.0+cpu', '2.6.0a0', '2.15.0'])
