@@ -21,9 +21,20 @@ if _missing or importlib.util.find_spec('mmcv._ext') is None:
         'minutes, for torch 2.14 and later too.'
     )
 
-from .backbones import FasterNet, GGhostRegNet, SlotResNet  # noqa: E402
+from .backbones import (  # noqa: E402
+    FasterNet,
+    GGhostRegNet,
+    GhostNet,
+    SlotResNet,
+)
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
-from .layers import ConvAWS2d, SAConv, SPConv  # noqa: E402
+from .layers import (  # noqa: E402
+    ConvAWS2d,
+    SAConv,
+    SPConv,
+    TShapedConv,
+)
+from .optim import LayerDecayOptimWrapperConstructor  # noqa: E402
 from .unpickler import guard_mmengine  # noqa: E402
 
 guard_mmengine()
@@ -32,8 +43,11 @@ __all__ = [
     'ConvAWS2d',
     'FasterNet',
     'GGhostRegNet',
+    'GhostNet',
+    'LayerDecayOptimWrapperConstructor',
     'MultiChannelDataPreprocessor',
     'SAConv',
     'SPConv',
     'SlotResNet',
+    'TShapedConv',
 ]

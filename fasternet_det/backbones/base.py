@@ -1,7 +1,7 @@
 """What the backbones share."""
 
 from functools import partial
-from typing import Dict, List, Sequence, Tuple, Union
+from typing import AbstractSet, Any, Dict, List, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -12,22 +12,78 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import adapt_stem, find_pretrained, read_state_dict
+from ..checkpoint import (
+    StateDict,
+    adapt_stem,
+    find_pretrained,
+    load_exactly,
+    read_state_dict,
+)
 from .recompute import is_compiling, is_traced
 
 
-class Backbone(BaseModule):
+class LayerDepth:
+    """What layer-wise learning-rate decay asks of a backbone.
+
+    Its modules are registered in the order in which they run.
+    """
+
+    #: The blocks, of which each is a layer.
+    layer_types: Tuple[type, ...]
+
+    def get_layer_depth(
+        self, param_name: str, prefix: str = ''
+    ) -> Tuple[int, int]:
+        """Find the layer of a parameter, as mmpretrain's backbones do.
+
+        Args:
+            param_name (str): Name of a parameter of the whole model.
+            prefix (str): What precedes the backbone's own names, such as
+                ``'backbone.'``. Defaults to ``''``.
+
+        Returns:
+            tuple[int, int]: The depth, and the number of layers. The stem is
+            0; each block is a layer, with what stands between it and the one
+            before; what follows the blocks, output norms and heads, is the
+            last, the number of layers - 1.
+
+        Raises:
+            ValueError: If the backbone has no such parameter.
+        """
+        names = [prefix + name for name, _ in self.named_parameters()]
+        blocks = [
+            f'{prefix}{name}.'
+            for name, module in self.named_modules()
+            if isinstance(module, self.layer_types)
+        ]
+        if not param_name.startswith(prefix):
+            return len(blocks) + 1, len(blocks) + 2
+        if param_name not in names:
+            raise ValueError(
+                f'{type(self).__name__} has no parameter {param_name!r}, '
+                f'expected one such as {names[0]!r}'
+            )
+        before = names[: names.index(param_name) + 1]
+        depth = sum(
+            any(name.startswith(block) for name in before) for block in blocks
+        )
+        if depth and not param_name.startswith(blocks[depth - 1]):
+            depth += 1
+        return depth, len(blocks) + 2
+
+
+class Backbone(LayerDepth, BaseModule):
     """A stem and stages, of which some are frozen and some give the outputs.
 
     A subclass has ``_stem()`` and ``_stages()``, which list its modules,
-    ``_forward(x)`` and ``load_pretrained(state_dict, source)``, and calls
-    ``_freeze()`` when all modules are there.
+    ``_forward(x)`` and ``find_arch(state_dict)``, and calls ``_freeze()`` when
+    all modules are there.
 
     Args:
         in_channels (int): Channels of the image.
         out_indices (Sequence[int]): A rising selection of ``positions``.
         frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and
-            the stages up to the k-th position.
+            the stages up to the k-th of ``stage_ends``.
         norm_eval (bool): Whether to keep all BatchNorms in eval mode.
         fork_feat (bool): Whether to give feature maps, not logits.
         init_cfg (dict | list[dict]): Initialisation.
@@ -38,8 +94,12 @@ class Backbone(BaseModule):
 
     #: Where the stages that can give an output are among ``_stages()``.
     positions: Tuple[int, ...]
+    #: Where those end that ``frozen_stages`` counts.
+    stage_ends: Tuple[int, ...]
     #: Name of the weight that takes in the image.
     stem_weight: str
+    #: What ImageNet files hold beside the backbone.
+    classifier_keys: AbstractSet[str]
     #: Smallest height and width of the image.
     min_size = 1
 
@@ -62,7 +122,7 @@ class Backbone(BaseModule):
                 f'out_indices={out_indices!r} is not a rising selection of '
                 f'{self.positions}, the positions of the stages'
             )
-        count = len(self.positions)
+        count = len(self.stage_ends)
         if frozen_stages not in range(-1, count + 1):
             raise ValueError(
                 f'frozen_stages={frozen_stages!r} is not one of -1 (none), 0 '
@@ -78,7 +138,7 @@ class Backbone(BaseModule):
         """What ``frozen_stages`` names."""
         if self.frozen_stages < 0:
             return []
-        ends = (0, *(position + 1 for position in self.positions))
+        ends = (0, *(end + 1 for end in self.stage_ends))
         return [*self._stem(), *self._stages()[: ends[self.frozen_stages]]]
 
     def _freeze(self) -> None:
@@ -110,6 +170,11 @@ class Backbone(BaseModule):
     def init_weights(self) -> None:
         """Initialise as ``init_cfg`` says; a second call changes nothing.
 
+        ``dict(type='Pretrained', checkpoint=...)`` reads every layout that
+        :func:`~fasternet_det.checkpoint.read_state_dict` knows and accounts
+        for every key. It may have its ``prefix`` and ``ema``; with
+        ``stem='adapt'``, RGB weights are fitted to other ``in_channels``.
+
         Raises:
             ValueError: If a ``Pretrained`` checkpoint cannot be read safely
                 or does not fit; the model is then untouched.
@@ -129,6 +194,25 @@ class Backbone(BaseModule):
             )
         self.load_pretrained(state_dict, source)
         self._is_init = True
+
+    def load_pretrained(self, state_dict: StateDict, source: str) -> None:
+        """Load a state dict of which every key is accounted for.
+
+        For a backbone, the classifier may be left over; nothing else.
+
+        Args:
+            state_dict (dict[str, Tensor]): Tensors by the original's names.
+            source (str): Where it is from, for messages.
+
+        Raises:
+            ValueError: If it does not fit; the model is then untouched.
+        """
+        load_exactly(
+            self,
+            state_dict,
+            spare=self.classifier_keys if self.fork_feat else set(),
+            source=f'{source} ({self.find_arch(state_dict)})',
+        )
 
     def forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
         """Compute the feature maps, or the logits of the classifier.
@@ -219,6 +303,32 @@ class Backbone(BaseModule):
         for i, out in zip(self.out_indices, outs):
             if out.requires_grad:
                 out.register_hook(partial(on_gradient, i))
+
+
+def parse_arch(
+    arch: Union[str, dict], settings: Dict[str, tuple], keys: Sequence[str]
+) -> Tuple[Any, ...]:
+    """Look up an arch, or take it from a dict.
+
+    Args:
+        arch (str | dict): A key of ``settings``, or values by ``keys``.
+        settings (dict[str, tuple]): Values by name.
+        keys (Sequence[str]): What the values are.
+
+    Returns:
+        tuple: The values, in the order of ``keys``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(arch, str) and arch in settings:
+        return settings[arch]
+    if isinstance(arch, dict) and arch.keys() == set(keys):
+        return tuple(arch[key] for key in keys)
+    raise ValueError(
+        f'arch={arch!r} is neither one of {", ".join(map(repr, settings))} '
+        f'nor a dict of just {", ".join(keys)}'
+    )
 
 
 def starts_training(model: nn.Module, x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The FasterNet backbone."""
 
 import re
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor
 
-from ..checkpoint import fasternet_from_timm, load_exactly
-from .base import Backbone
+from ..checkpoint import StateDict, fasternet_from_timm, load_exactly
+from .base import Backbone, parse_arch
 from .recompute import is_traced, lean_mlp, recomputed
 
 
@@ -87,11 +87,10 @@ class FasterNetBlock(BaseModule):
             nn.Conv2d(hidden_dim, dim, 1, bias=False),
         )
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.layer_scale = (
-            nn.Parameter(layer_scale_init_value * torch.ones(dim))
-            if layer_scale_init_value
-            else None
-        )
+        self.layer_scale = None
+        if layer_scale_init_value:
+            scale = layer_scale_init_value * torch.ones(dim)
+            self.layer_scale = nn.Parameter(scale)
         self.with_cp = with_cp
 
     def _residual(self, x: Tensor) -> Tensor:
@@ -190,13 +189,11 @@ class FasterNet(Backbone):
         arch (str | dict): One of 't0', 't1', 't2', 's', 'm', 'l' (paper,
             Sec. 3.4), or a dict with ``embed_dim`` (int), ``depths`` (four
             ints) and ``act_cfg`` (dict). Defaults to 't0'.
-        in_channels (int): Channels of the image. Defaults to 3, as in
-            ImageNet files.
+        in_channels (int): Channels of the image. Defaults to 3.
         mlp_ratio (float): Hidden channels of the 1x1 convolutions over the
             block's. Defaults to 2.
         n_div (int): Inverse of the partial ratio of the PConv. Defaults to 4.
-        patch_norm (bool): Whether a norm follows the stem's convolution.
-            Defaults to True.
+        patch_norm (bool): Whether the stem has a norm. Defaults to True.
         drop_path_rate (float): Drop path rate of the last block; that of the
             others falls linearly to 0 at the first. Defaults to 0.
         layer_scale_init_value (float): Initial scale of the residual
@@ -222,14 +219,10 @@ class FasterNet(Backbone):
         fork_feat (bool): True for a backbone that returns normalised feature
             maps, False for the ImageNet classifier. Defaults to True.
         num_classes (int): Classes of the classifier. Defaults to 1000.
-        feature_dim (int): Width of the classifier's hidden layer.
-            Defaults to 1280.
-        init_cfg (dict | list[dict], optional): Initialisation. A dict with
-            ``type='Pretrained'`` reads every layout that
-            :func:`~fasternet_det.checkpoint.read_state_dict` knows,
-            with the names of timm too, and accounts for every key; with
-            ``stem='adapt'``, it fits RGB weights to other ``in_channels``.
-            Defaults to None: the official truncated normal.
+        feature_dim (int): Its hidden channels. Defaults to 1280.
+        init_cfg (dict | list[dict], optional): Initialisation, such as what
+            :meth:`init_weights` says of ImageNet files. Defaults to None:
+            the official truncated normal.
 
     Raises:
         TypeError: If an argument is unknown.
@@ -256,7 +249,8 @@ class FasterNet(Backbone):
         'm': (144, (3, 4, 18, 3), dict(type='ReLU', inplace=True)),
         'l': (192, (3, 4, 18, 3), dict(type='ReLU', inplace=True)),
     }
-    positions = (0, 2, 4, 6)
+    positions = stage_ends = (0, 2, 4, 6)
+    layer_types = (FasterNetBlock,)
     stem_weight = 'patch_embed.proj.weight'
     classifier_keys = {'avgpool_pre_head.1.weight', 'head.weight', 'head.bias'}
     min_size = 32  # below, the last stage would have no pixel
@@ -290,23 +284,29 @@ class FasterNet(Backbone):
             init_cfg
             or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02),
         )
-        embed_dim, depths, arch_act_cfg = self._parse_arch(arch)
+        embed_dim, depths, arch_act_cfg = parse_arch(
+            arch, self.arch_settings, ('embed_dim', 'depths', 'act_cfg')
+        )
         act_cfg = act_cfg or arch_act_cfg
+        if len(depths) != 4 or min(*depths, embed_dim) < 1:
+            raise ValueError(
+                f'arch={arch!r} needs a positive embed_dim and four positive '
+                'depths'
+            )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(
                 f'drop_path_rate={drop_path_rate!r} is not in [0, 1)'
             )
         if not 1 <= n_div <= embed_dim:
             raise ValueError(
-                f'n_div={n_div!r} is not in 1 to '
-                f'{embed_dim}, the channels of the first stage'
+                f'n_div={n_div!r} is not in 1 to {embed_dim}, the channels '
+                'of the first stage'
             )
 
         dims = [embed_dim * 2**i for i in range(len(depths))]
         self.patch_embed = PatchEmbed(
             in_channels, embed_dim, norm_cfg if patch_norm else None
         )
-
         block_cfg = dict(
             mlp_ratio=mlp_ratio,
             n_div=n_div,
@@ -315,15 +315,13 @@ class FasterNet(Backbone):
             act_cfg=act_cfg,
             with_cp=with_cp,
         )
-        drop_path_rates = iter(
-            np.linspace(0, drop_path_rate, sum(depths)).tolist()
-        )
+        rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = ModuleList()
         for i, (dim, depth) in enumerate(zip(dims, depths)):
             if i > 0:
                 self.stages.append(PatchMerging(dims[i - 1], norm_cfg))
-            rates = [next(drop_path_rates) for _ in range(depth)]
-            self.stages.append(BasicStage(dim, rates, block_cfg))
+            drop_path_rates = [next(rates) for _ in range(depth)]
+            self.stages.append(BasicStage(dim, drop_path_rates, block_cfg))
 
         if fork_feat:
             #: Channels of the outputs, what a neck takes as ``in_channels``.
@@ -340,25 +338,16 @@ class FasterNet(Backbone):
 
         self._freeze()
 
-    @classmethod
-    def _parse_arch(cls, arch: Union[str, dict]) -> Tuple[int, Sequence, dict]:
-        """Turn an arch into its embed_dim, depths and act_cfg."""
-        if isinstance(arch, str) and arch in cls.arch_settings:
-            return cls.arch_settings[arch]
-        names = ', '.join(map(repr, cls.arch_settings))
-        keys = ('embed_dim', 'depths', 'act_cfg')
-        if not isinstance(arch, dict) or arch.keys() != set(keys):
-            raise ValueError(
-                f'arch={arch!r} is neither one of {names} nor a dict of just '
-                f'{", ".join(keys)}'
-            )
-        embed_dim, depths, act_cfg = (arch[key] for key in keys)
-        if len(depths) != 4 or min(*depths, embed_dim) < 1:
-            raise ValueError(
-                f'arch={arch!r} needs a positive embed_dim and four positive '
-                'depths'
-            )
-        return embed_dim, depths, act_cfg
+    def _forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
+        x = self.patch_embed(x)  # (N, C, H // 4, W // 4)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if self.fork_feat and i in self.out_indices:
+                outs.append(getattr(self, f'norm{i}')(x))
+                if i == self.out_indices[-1]:
+                    return tuple(outs)
+        return self.head(self.avgpool_pre_head(x).flatten(1))
 
     def _stem(self) -> List[nn.Module]:
         return [self.patch_embed]
@@ -366,21 +355,9 @@ class FasterNet(Backbone):
     def _stages(self) -> List[nn.Module]:
         return list(self.stages)
 
-    def load_pretrained(
-        self, state_dict: Dict[str, Tensor], source: str
-    ) -> None:
-        """Load a state dict of which every key is accounted for.
-
-        For a backbone, the output norms may be missing, and the classifier
-        and the norms of other outputs left over; nothing else.
-
-        Args:
-            state_dict (dict[str, Tensor]): Tensors by the original's names or
-                by timm's.
-            source (str): Where it is from, for messages.
-
-        Raises:
-            ValueError: If it does not fit; the model is then untouched.
+    def load_pretrained(self, state_dict: StateDict, source: str) -> None:
+        """Load as the base does, by timm's names too. The output norms may be
+        missing, and those of other outputs left over.
         """
         state_dict = fasternet_from_timm(state_dict)
         arch, in_channels = self.find_arch(state_dict)
@@ -392,13 +369,13 @@ class FasterNet(Backbone):
         load_exactly(
             self,
             state_dict,
-            optional=norms if self.fork_feat else [],
+            optional=norms,
             spare=self.classifier_keys | others if self.fork_feat else set(),
             source=f'{source} ({arch}, {in_channels} input channels)',
         )
 
     @classmethod
-    def find_arch(cls, state_dict: Dict[str, Tensor]) -> Tuple[str, int]:
+    def find_arch(cls, state_dict: StateDict) -> Tuple[str, int]:
         """Find out which FasterNet a state dict holds, by its stem and blocks.
 
         Args:
@@ -408,7 +385,7 @@ class FasterNet(Backbone):
             tuple[str, int]: A key of ``arch_settings``, or what describes
             another model; and the number of input channels, 0 without a stem.
         """
-        stem = state_dict.get('patch_embed.proj.weight')
+        stem = state_dict.get(cls.stem_weight)
         if stem is None or stem.dim() != 4:
             return 'not a FasterNet', 0
         embed_dim, in_channels = stem.shape[:2]
@@ -421,18 +398,3 @@ class FasterNet(Backbone):
             if settings[:2] == (embed_dim, depths):
                 return arch, in_channels
         return f'embed_dim {embed_dim}, depths {depths}', in_channels
-
-    def _forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
-        x = self.patch_embed(x)
-        if not self.fork_feat:
-            for stage in self.stages:
-                x = stage(x)
-            return self.head(self.avgpool_pre_head(x).flatten(1))
-        outs = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x))
-            if i == self.out_indices[-1]:
-                break
-        return tuple(outs)

@@ -1,6 +1,6 @@
 """The G-Ghost RegNet backbone."""
 
-from typing import Dict, List, Sequence, Tuple, Union
+from typing import List, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -10,8 +10,8 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor
 
-from ..checkpoint import load_exactly
-from .base import Backbone
+from ..checkpoint import StateDict
+from .base import Backbone, parse_arch
 from .recompute import recomputed
 
 
@@ -198,12 +198,9 @@ class GGhostRegNet(Backbone):
         fork_feat (bool): True for a backbone that returns feature maps, False
             for the ImageNet classifier. Defaults to True.
         num_classes (int): Classes of the classifier. Defaults to 1000.
-        init_cfg (dict | list[dict], optional): Initialisation. A dict with
-            ``type='Pretrained'`` reads every layout that
-            :func:`~fasternet_det.checkpoint.read_state_dict` knows, and
-            accounts for every key; with ``stem='adapt'``, it fits RGB weights
-            to other ``in_channels``. Defaults to None: the official Kaiming
-            initialisation.
+        init_cfg (dict | list[dict], optional): Initialisation, such as what
+            :meth:`init_weights` says of ImageNet files. Defaults to None:
+            the official Kaiming initialisation.
 
     Raises:
         TypeError: If an argument is unknown.
@@ -235,7 +232,8 @@ class GGhostRegNet(Backbone):
         '160': ((2, 6, 13, 1), (256, 512, 896, 2048), 128),
         '320': ((2, 7, 13, 1), (336, 672, 1344, 2520), 168),
     }
-    positions = (0, 1, 2, 3)
+    positions = stage_ends = (0, 1, 2, 3)
+    layer_types = (Bottleneck,)
     stem_weight = 'conv1.weight'
     classifier_keys = {'fc.weight', 'fc.bias'}
     stem_channels = 32
@@ -320,21 +318,30 @@ class GGhostRegNet(Backbone):
 
         self._freeze()
 
+    def _forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
+        x = self.relu(self.bn1(self.conv1(x)))
+        if not self.fork_feat:
+            for stage in self._stages():
+                x = stage(x)
+            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+            return self.fc(self.dropout(x))
+        outs = []
+        for i, stage in enumerate(self._stages()):
+            x = stage(x)
+            if i in self.out_indices:
+                outs.append(x)
+            if i == self.out_indices[-1]:
+                break
+        return tuple(outs)
+
     @classmethod
     def _parse_arch(
         cls, arch: Union[str, dict]
     ) -> Tuple[Sequence[int], Sequence[int], int]:
         """Turn an arch into its depths, widths and group width."""
-        if isinstance(arch, str) and arch in cls.arch_settings:
-            return cls.arch_settings[arch]
-        names = ', '.join(map(repr, cls.arch_settings))
-        keys = ('depths', 'widths', 'group_width')
-        if not isinstance(arch, dict) or arch.keys() != set(keys):
-            raise ValueError(
-                f'arch={arch!r} is neither one of {names} nor a dict of just '
-                f'{", ".join(keys)}'
-            )
-        depths, widths, group_width = (arch[key] for key in keys)
+        depths, widths, group_width = parse_arch(
+            arch, cls.arch_settings, ('depths', 'widths', 'group_width')
+        )
         if not (
             all(isinstance(v, (list, tuple)) for v in (depths, widths))
             and len(depths) == len(widths) == 4
@@ -361,29 +368,8 @@ class GGhostRegNet(Backbone):
     def _stem(self) -> List[nn.Module]:
         return [self.conv1, self.bn1]
 
-    def load_pretrained(
-        self, state_dict: Dict[str, Tensor], source: str
-    ) -> None:
-        """Load a state dict of which every key is accounted for.
-
-        For a backbone, the classifier may be left over; nothing else.
-
-        Args:
-            state_dict (dict[str, Tensor]): Tensors by the original's names.
-            source (str): Where it is from, for messages.
-
-        Raises:
-            ValueError: If it does not fit; the model is then untouched.
-        """
-        load_exactly(
-            self,
-            state_dict,
-            spare=self.classifier_keys if self.fork_feat else set(),
-            source=f'{source} ({self.find_arch(state_dict)})',
-        )
-
     @classmethod
-    def find_arch(cls, state_dict: Dict[str, Tensor]) -> str:
+    def find_arch(cls, state_dict: StateDict) -> str:
         """Find out which G-Ghost RegNet a state dict holds, by its blocks.
 
         Args:
@@ -408,19 +394,3 @@ class GGhostRegNet(Backbone):
             if settings[:2] == (tuple(depths), tuple(widths)):
                 return arch
         return f'depths {tuple(depths)}, widths {tuple(widths)}'
-
-    def _forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
-        x = self.relu(self.bn1(self.conv1(x)))
-        if not self.fork_feat:
-            for stage in self._stages():
-                x = stage(x)
-            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-            return self.fc(self.dropout(x))
-        outs = []
-        for i, stage in enumerate(self._stages()):
-            x = stage(x)
-            if i in self.out_indices:
-                outs.append(x)
-            if i == self.out_indices[-1]:
-                break
-        return tuple(outs)

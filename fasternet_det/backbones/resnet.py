@@ -7,7 +7,12 @@ from mmdet.registry import MODELS
 from mmengine.model import Sequential
 from torch import Tensor
 
-from .base import frozen_norms, starts_training, warn_of_frozen_norms
+from .base import (
+    LayerDepth,
+    frozen_norms,
+    starts_training,
+    warn_of_frozen_norms,
+)
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -42,7 +47,7 @@ class BasicBlock(resnet.BasicBlock):
 
 
 @MODELS.register_module()
-class SlotResNet(resnet.ResNet):
+class SlotResNet(LayerDepth, resnet.ResNet):
     """mmdet's ResNet, whose ``dcn`` slot serves depths 18 and 34 too.
 
     With ``dcn=dict(type='SPConv', alpha=0.5)`` or ``dcn=dict(type='SAConv')``,
@@ -51,6 +56,7 @@ class SlotResNet(resnet.ResNet):
     and outputs are those of mmdet's ResNet.
     """
 
+    layer_types = (resnet.BasicBlock, resnet.Bottleneck)
     arch_settings = resnet.ResNet.arch_settings | {
         18: (BasicBlock, (2, 2, 2, 2)),
         34: (BasicBlock, (3, 4, 6, 3)),

@@ -1,4 +1,5 @@
 from .saconv import ConvAWS2d, SAConv
 from .spconv import SPConv
+from .tshaped import TShapedConv
 
-__all__ = ['ConvAWS2d', 'SAConv', 'SPConv']
+__all__ = ['ConvAWS2d', 'SAConv', 'SPConv', 'TShapedConv']

@@ -13,6 +13,25 @@ from torch.nn.modules.utils import _pair
 Size = Union[int, Tuple[int, int]]
 
 
+def check_geometry(layer: nn.Module, **arguments: Tuple[Size, list]) -> None:
+    """Refuse what a layer in the place of a convolution cannot be.
+
+    Args:
+        layer (nn.Module): The layer.
+        **arguments: Each argument's value, and the pairs that serve.
+
+    Raises:
+        ValueError: If one is none of them.
+    """
+    for name, (value, served) in arguments.items():
+        if _pair(value) not in served:
+            raise ValueError(
+                f'{type(layer).__name__} got {name}={value!r}, expected '
+                f'{" or ".join(str(pair[0]) for pair in served)}: it stands '
+                'in for padded 3x3 convolutions, of stride 1 or 2'
+            )
+
+
 def halve(x: Tensor) -> Tensor:
     """Average 2x2 pixels, with zeros below and right of odd sides.
 
@@ -113,19 +132,14 @@ class SPConv(nn.Module):
         norm_cfg: dict = dict(type='BN'),
     ) -> None:
         super().__init__()
-        for name, value, served in (
-            ('kernel_size', kernel_size, [(3, 3)]),
-            ('stride', stride, [(1, 1), (2, 2)]),
-            ('padding', padding, [(1, 1)]),
-            ('dilation', dilation, [(1, 1)]),
-            ('groups', groups, [(1, 1)]),
-        ):
-            if _pair(value) not in served:
-                raise ValueError(
-                    f'SPConv got {name}={value!r}, expected '
-                    f'{" or ".join(str(pair[0]) for pair in served)}: it '
-                    'stands in for padded 3x3 convolutions, of stride 1 or 2'
-                )
+        check_geometry(
+            self,
+            kernel_size=(kernel_size, [(3, 3)]),
+            stride=(stride, [(1, 1), (2, 2)]),
+            padding=(padding, [(1, 1)]),
+            dilation=(dilation, [(1, 1)]),
+            groups=(groups, [(1, 1)]),
+        )
         if not 0 < alpha < 1:
             raise ValueError(f'SPConv got alpha={alpha!r}, not in (0, 1)')
         channels3 = int(alpha * in_channels)
