@@ -154,19 +154,21 @@ def tamed(randomise):
     return fill
 
 
-@pytest.fixture(params=['ghost', 'spconv', 'saconv'])
+@pytest.fixture(
+    params=['GGhostRegNet', 'GhostNet', 'SPConv', 'TShapedConv', 'SAConv']
+)
 def relative(request, tamed):
     """A small backbone of each kind but FasterNet's."""
-    if request.param == 'ghost':
+    if request.param == 'GGhostRegNet':
         arch = dict(depths=(2, 3, 4, 2), widths=(8, 16, 24, 32), group_width=8)
         return tamed(fasternet_det.GGhostRegNet(arch))
+    if request.param == 'GhostNet':
+        return tamed(fasternet_det.GhostNet(0.25))
     return tamed(
         fasternet_det.SlotResNet(
             depth=18,
             base_channels=16,
-            dcn=dict(
-                type=dict(spconv='SPConv', saconv='SAConv')[request.param]
-            ),
+            dcn=dict(type=request.param),
             stage_with_dcn=(False, True, True, True),
         )
     )

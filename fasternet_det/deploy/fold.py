@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from ..backbones import FasterNet, GGhostRegNet, SlotResNet
+from ..backbones import FasterNet, GGhostRegNet, GhostNet, SlotResNet
 from ..backbones.fasternet import FasterNetBlock, PatchEmbed, PatchMerging
 from ..backbones.g_ghost_regnet import Bottleneck, GhostStage
+from ..backbones.ghostnet import ConvBnAct, GhostBottleneck, GhostModule
 from ..backbones.resnet import BasicBlock
 from .fold_layers import (
     LAYERS,
@@ -76,6 +77,14 @@ PAIRS: Dict[type, Callable[[nn.Module], List[Pair]]] = {
     GGhostRegNet: lambda m: [(m, 'conv1', m, 'bn1')],
     Bottleneck: _of_bottleneck,
     GhostStage: lambda m: _of_sequential(m.merge) + _of_sequential(m.cheap),
+    GhostNet: lambda m: [(m, 'conv_stem', m, 'bn1')],
+    GhostModule: lambda m: (
+        _of_sequential(m.primary_conv) + _of_sequential(m.cheap_operation)
+    ),
+    GhostBottleneck: lambda m: (
+        [(m, 'conv_dw', m, 'bn_dw')] + _of_sequential(m.shortcut)
+    ),
+    ConvBnAct: lambda m: [(m, 'conv', m, 'bn1')],
     ResNet: _of_mmdets_stem,
     resnet.ResNetV1d: _of_mmdets_stem,
     detectors_resnet.DetectoRS_ResNet: _of_mmdets_stem,

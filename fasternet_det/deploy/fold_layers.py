@@ -9,7 +9,7 @@ from mmcv.cnn.bricks.wrappers import Conv2d
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import ConvAWS2d, SAConv, SPConv
+from ..layers import ConvAWS2d, SAConv, SPConv, TShapedConv
 from ..layers.spconv import halve, mixing_weights
 
 
@@ -176,6 +176,17 @@ def _fold_conv(
     return with_weight(conv, weight, bias)
 
 
+def _fold_tshaped(
+    conv: TShapedConv, scale: Tensor, shift: Tensor
+) -> Optional[nn.Module]:
+    pointwise = _fold_conv(conv.pointwise_conv, scale, shift)
+    if pointwise is None:
+        return None
+    folded = copy.deepcopy(conv)
+    folded.pointwise_conv = pointwise
+    return folded
+
+
 def _fold_spconv(
     conv: SPConv, scale: Tensor, shift: Tensor
 ) -> Optional[nn.Module]:
@@ -222,6 +233,7 @@ LAYERS: Dict[
 ] = {
     nn.Conv2d: _fold_conv,
     Conv2d: _fold_conv,
+    TShapedConv: _fold_tshaped,
     SPConv: _fold_spconv,
     SAConv: _fold_saconv,
     ConvAWS2d: _fold_aws,

@@ -10,7 +10,9 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
 from ..backbones.fasternet import FasterNetBlock
 from ..backbones.g_ghost_regnet import Bottleneck
-from ..layers import SAConv
+from ..backbones.ghostnet import ConvBnAct, GhostBottleneck
+from ..layers import SAConv, TShapedConv
+from .blocks import FastGhostBottleneck, FastTShapedConv
 from .fold_layers import owns_weight
 from .operators import (
     FastBottleneck,
@@ -42,19 +44,29 @@ def _conv(conv: nn.Conv2d) -> Optional[nn.Module]:
     return FusedConv2d(conv) if owns_weight(conv) else None
 
 
+def _tshaped(
+    conv: TShapedConv, activation: Optional[nn.Module] = None
+) -> Optional[nn.Module]:
+    if all(map(owns_weight, (conv.partial_conv3, conv.pointwise_conv))):
+        return FastTShapedConv(conv, activation)
+    return None
+
+
 def _conv_module(module: ConvModule) -> Optional[nn.Module]:
     """A ConvModule whose norm is folded, and its activation."""
     if (
-        type(module.conv) not in (nn.Conv2d, Conv2d)
+        type(module.conv) not in (nn.Conv2d, Conv2d, TShapedConv)
         or module.with_explicit_padding
         or not isinstance(module.norm or nn.Identity(), nn.Identity)
         or module.order[-1] != 'act'
     ):
         return None
     activation = module.activate if module.with_activation else nn.Identity()
-    if not fuses(activation) or _conv(module.conv) is None:
+    if not fuses(activation):
         return None
-    return FusedConv2d(module.conv, activation)
+    if type(module.conv) is TShapedConv:
+        return _tshaped(module.conv, activation)
+    return _conv(module.conv) and FusedConv2d(module.conv, activation)
 
 
 def _upsample(deconv: nn.ConvTranspose2d) -> Optional[nn.Module]:
@@ -79,6 +91,21 @@ def _bottleneck(block: Bottleneck) -> Optional[nn.Module]:
     return FastBottleneck(block) if folded else None
 
 
+def _ghost_bottleneck(block: GhostBottleneck) -> Optional[nn.Module]:
+    norms = [
+        block.bn_dw,
+        *(m[1] for g in (block.ghost1, block.ghost2) for m in g.children()),
+        *block.shortcut[1::2],
+    ]
+    folded = all(isinstance(norm, nn.Identity) for norm in norms)
+    return FastGhostBottleneck(block) if folded else None
+
+
+def _conv_bn_act(module: ConvBnAct) -> Optional[nn.Module]:
+    folded = isinstance(module.bn1, nn.Identity)
+    return FusedConv2d(module.conv, module.act) if folded else None
+
+
 def _extractor(extractor: SingleRoIExtractor) -> Optional[nn.Module]:
     if all(
         type(layer) is RoIAlign
@@ -94,6 +121,9 @@ def _extractor(extractor: SingleRoIExtractor) -> Optional[nn.Module]:
 BUILDERS: Dict[type, Builder] = {
     FasterNetBlock: _block,
     Bottleneck: _bottleneck,
+    GhostBottleneck: _ghost_bottleneck,
+    ConvBnAct: _conv_bn_act,
+    TShapedConv: _tshaped,
     ConvModule: _conv_module,
     nn.Conv2d: _conv,
     Conv2d: _conv,

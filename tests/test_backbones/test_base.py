@@ -8,7 +8,7 @@ import torch
 from fill import fill_input
 from mmengine.logging import MMLogger
 
-from fasternet_det import FasterNet, GGhostRegNet, SlotResNet
+from fasternet_det import FasterNet, GGhostRegNet, GhostNet, SlotResNet
 
 TINY = dict(embed_dim=8, depths=(1, 1, 2, 1), act_cfg=dict(type='ReLU'))
 GHOST = dict(depths=(2, 3, 4, 2), widths=(8, 16, 24, 32), group_width=8)
@@ -18,13 +18,13 @@ def image(*shape, seed=0):
     return torch.from_numpy(fill_input(seed, shape))
 
 
-@pytest.fixture(params=[FasterNet, GGhostRegNet])
+@pytest.fixture(params=[FasterNet, GGhostRegNet, GhostNet])
 def build(request):
     """Build a small backbone of each kind."""
-    arch = TINY if request.param is FasterNet else GHOST
+    arch = {FasterNet: TINY, GGhostRegNet: GHOST, GhostNet: 0.25}
 
     def make(**kwargs):
-        return request.param(arch, **kwargs)
+        return request.param(arch[request.param], **kwargs)
 
     return make
 

@@ -14,7 +14,15 @@ from mmengine.utils import get_installed_path
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fasternet_det import ConvAWS2d, GGhostRegNet, SAConv, SlotResNet, SPConv
+from fasternet_det import (
+    ConvAWS2d,
+    GGhostRegNet,
+    GhostNet,
+    SAConv,
+    SlotResNet,
+    SPConv,
+    TShapedConv,
+)
 from fasternet_det.deploy import fold
 from fasternet_det.deploy.fold_layers import FoldedSAConv, FoldedSPConv
 
@@ -40,6 +48,7 @@ def close(a, b, tolerance):
 
 LAYERS = [
     dict(type='SPConv', alpha=0.25),
+    dict(type='TShapedConv'),
     dict(type='SAConv'),
     dict(type='SAConv', use_deform=True),
     dict(type='ConvAWS2d'),
@@ -69,6 +78,7 @@ def test_layer(
     assert not any(p.requires_grad for p in folded.parameters())
     assert type(folded.conv) is dict(
         SPConv=FoldedSPConv,
+        TShapedConv=TShapedConv,
         SAConv=SAConv if deformable else FoldedSAConv,
         ConvAWS2d=nn.Conv2d,
     ).get(conv_cfg['type'])
@@ -129,7 +139,7 @@ def test_norms_without_parameters_or_statistics(randomise):
     close([folded(x)], [plain(x)], 0)
 
 
-@pytest.mark.parametrize('kind', [SPConv, SAConv, ConvAWS2d])
+@pytest.mark.parametrize('kind', [SPConv, TShapedConv, SAConv, ConvAWS2d])
 def test_shared_layers_stay_shared(kind, tamed):
     layer = tamed(kind(8, 8, 3, padding=1)).double()
     model = nn.Sequential(layer, nn.ReLU(), layer, nn.Sequential(layer)).eval()
@@ -139,7 +149,9 @@ def test_shared_layers_stay_shared(kind, tamed):
     assert folded[0] is folded[2] is folded[3][0] is not layer
 
 
-@pytest.mark.parametrize('kind', ['SPConv', 'ConvAWS2d', 'SAConv'])
+@pytest.mark.parametrize(
+    'kind', ['SPConv', 'TShapedConv', 'ConvAWS2d', 'SAConv']
+)
 @pytest.mark.parametrize('scale', [0, 1e-43, 1e-20])
 @DTYPES
 def test_norm_that_scales_by_next_to_nothing(
@@ -197,6 +209,20 @@ def test_g_ghost_regnet(arch, dtype, tolerance, tamed):
     x = getattr(image(2, 3, 70, 101), dtype)()
     close(folded(x), model(x), tolerance)
     assert norms(folded) == []
+
+
+@DTYPES
+@pytest.mark.parametrize('fork_feat', [True, False])
+def test_ghostnet(fork_feat, dtype, tolerance, tamed):
+    model = GhostNet(0.5, out_indices=(0, 2, 4, 7, 9), fork_feat=fork_feat)
+    model = getattr(tamed(model), dtype)()
+    x = getattr(image(2, 3, 64, 75), dtype)()
+    folded = fold(model)
+    assert norms(folded) == []
+    if fork_feat:
+        close(folded(x), model(x), tolerance)
+    else:
+        close([folded(x)], [model(x)], tolerance)
 
 
 def test_g_ghost_classifier(tamed):

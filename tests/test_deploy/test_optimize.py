@@ -18,9 +18,11 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from fasternet_det import FasterNet, SAConv
+from fasternet_det import FasterNet, SAConv, TShapedConv
 from fasternet_det.backbones.g_ghost_regnet import Bottleneck
+from fasternet_det.backbones.ghostnet import GhostBottleneck
 from fasternet_det.deploy import fold, optimize
+from fasternet_det.deploy.blocks import FastGhostBottleneck, FastTShapedConv
 from fasternet_det.deploy.fold_layers import FoldedSAConv
 from fasternet_det.deploy.operators import (
     KEPT_SHAPES,
@@ -100,6 +102,8 @@ def test_relatives(relative, layout):
     found = Counter(type(m) for m in fast.modules())
     before = Counter(type(m) for m in relative.modules())
     assert found[FastBottleneck] == before[Bottleneck]
+    assert found[FastGhostBottleneck] == before[GhostBottleneck]
+    assert found[FastTShapedConv] == before[TShapedConv]
     assert found[FoldedSAConv] == before[SAConv]
     assert repr(fast)
     assert found[SAConv] == found[Bottleneck] == found[nn.Conv2d] == 0
