@@ -35,6 +35,7 @@ from .layers import (  # noqa: E402
     TShapedConv,
 )
 from .optim import LayerDecayOptimWrapperConstructor  # noqa: E402
+from .rpn_head import SlotRPNHead  # noqa: E402
 from .unpickler import guard_mmengine  # noqa: E402
 
 guard_mmengine()
@@ -48,6 +49,7 @@ __all__ = [
     'MultiChannelDataPreprocessor',
     'SAConv',
     'SPConv',
+    'SlotRPNHead',
     'SlotResNet',
     'TShapedConv',
 ]

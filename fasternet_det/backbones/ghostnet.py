@@ -176,8 +176,7 @@ class GhostNet(Backbone):
 
     Args:
         width (float): Factor of all channels, which are then rounded to
-            multiples of 4. ImageNet files are of 0.5, 1.0 and 1.3. Defaults
-            to 1.0.
+            multiples of 4. The authors' ImageNet file is of 1.0, the default.
         in_channels (int): Channels of the image. Defaults to 3, as in
             ImageNet files.
         norm_cfg (dict): Config of all norms, such as ``dict(type='SyncBN')``.

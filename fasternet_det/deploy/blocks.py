@@ -35,7 +35,7 @@ class FastTShapedConv(nn.Module):
         self.pointwise_conv = FusedConv2d(conv.pointwise_conv, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C_in, H, W), which keeps its values, to (N, C_out, H', W')."""
+        """Map (N, C_in, H, W), which stays as it is, to (N, C_out, H', W')."""
         first = x[:, : self.channels3].clone()
         mixed = self.partial_conv3(first)
         if self.stride == (2, 2):

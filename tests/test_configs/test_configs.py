@@ -10,7 +10,8 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-COCO = sorted(CONFIGS.glob('fasternet/*_coco.py'))
+LR_DECAY = CONFIGS / 'fasternet/mask-rcnn_fasternet-s_fpn_lr-decay-1x_coco.py'
+COCO = sorted({*CONFIGS.glob('fasternet/*_coco.py')} - {LR_DECAY})
 MINI = sorted(CONFIGS.glob('mini/*_fasternet-*.py'))
 RTMDET = [p for p in COCO if p.stem.startswith('rtmdet')]
 DROP_PATH = dict(t0=0.0, t1=0.02, t2=0.05, s=0.15, m=0.2, l=0.3)
@@ -144,6 +145,30 @@ def test_mini_rtmdet_is_that_of_coco():
     ]
     assert shapes[0] == shapes[1]
     assert mini.test_cfg == coco.test_cfg
+
+
+def test_lr_decay():
+    """It is S's, and its constructor lets early blocks learn slowly."""
+    cfg = Config.fromfile(LR_DECAY)
+    base = Config.fromfile(
+        CONFIGS / 'fasternet/mask-rcnn_fasternet-s_fpn_1x_coco.py'
+    )
+    assert {k for k in cfg if cfg[k] != base.get(k)} == {'optim_wrapper'}
+    model = MODELS.build(cfg.model)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    rates = {
+        id(p): group['lr']
+        for group in wrapper.optimizer.param_groups
+        for p in group['params']
+    }
+    for name, blocks in (
+        ('backbone.patch_embed.proj', 19),
+        ('backbone.stages.4.blocks.12.mlp.0', 3),
+        ('backbone.norm6', 0),
+        ('neck.fpn_convs.0.conv', 0),
+    ):
+        rate = rates[id(model.get_submodule(name).weight)]
+        assert rate == pytest.approx(2e-4 * 0.9**blocks), name
 
 
 def test_nothing_is_frozen_and_all_is_optimised():

@@ -13,7 +13,9 @@ def metafile():
     )
 
 
-FAMILIES = dict(fasternet=15, g_ghost_regnet=8, saconv=1, spconv=1)
+FAMILIES = dict(
+    fasternet=16, g_ghost_regnet=8, ghostnet=3, saconv=1, spconv=1, tshaped=2
+)
 
 
 def test_index():

@@ -17,13 +17,13 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fasternet_det import FasterNet, GGhostRegNet
+from fasternet_det import FasterNet, GGhostRegNet, GhostNet
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
     path
     for path in ROOT.glob('configs/*/*.py')
-    if path.stem not in ('fasternet', 'g_ghost_regnet', 'nuclei')
+    if path.stem not in ('fasternet', 'g_ghost_regnet', 'ghostnet', 'nuclei')
 )
 SNIPPETS = {
     f'{page.relative_to(ROOT)} {model}': code
@@ -51,6 +51,8 @@ def imagenet_file(cfg, device='meta'):
             source = ResNet(50)
         elif re.search(r'/g_ghost_regnet_[\d.]+g_[\d.]+\.pth$', file):
             source = GGhostRegNet(cfg.arch, fork_feat=False)
+        elif file.endswith('/ghostnet_1x.pth'):
+            source = GhostNet(1.0, fork_feat=False)
         elif f'/fasternet_{cfg.arch}-epoch.' in file:
             source = FasterNet(cfg.arch, fork_feat=False)
         else:
@@ -140,16 +142,18 @@ def test_snippet(name, tmp_path):
 
 def test_there_are_snippets():
     """FasterNet's and each relative's."""
-    assert len(CONFIGS) == 35
+    assert len(CONFIGS) == 44
     backbones = [
-        re.findall(r"type='(\w+Net|SPConv|SAConv)'", code)[0]
+        re.findall(r"type='(\w+Net|\w+Conv)'", code)[0]
         for code in SNIPPETS.values()
     ]
     assert sorted(backbones) == [
         'FasterNet',
         'GGhostRegNet',
+        'GhostNet',
         'SAConv',
         'SPConv',
+        'TShapedConv',
     ]
 
 

@@ -80,7 +80,11 @@ def test_registered_as_conv_layer():
         ((8, 6, 3, 1, 1, 2), {}, 'padding=1, expected 2'),
         ((8, 6, 3), dict(groups=2), 'groups=2, expected 1'),
         ((3, 6, 3), {}, r'in_channels=3 and ratio=0.25.*is 0.*1 to 2'),
-        ((8, 6, 3), dict(ratio=1.0), r'in_channels=8.*ratio=1.0.*is 8, to be 1 to 7'),
+        (
+            (8, 6, 3),
+            dict(ratio=1.0),
+            r'in_channels=8.*ratio=1.0.*is 8, to be 1 to 7',
+        ),
     ],
 )
 def test_bad_arguments(args, kwargs, named):

@@ -85,7 +85,9 @@ def test_config_object_and_input_channels():
     assert colour[1] - grey[1] == 2 * 4 * 4 * 40 * (800 // 4) * (1280 // 4)
 
 
-@pytest.mark.parametrize('family', ['fasternet', 'g_ghost_regnet', 'spconv'])
+@pytest.mark.parametrize(
+    'family', ['fasternet', 'g_ghost_regnet', 'ghostnet', 'spconv', 'tshaped']
+)
 def test_readme_holds_the_counts(family):
     folder = CONFIGS.parent / family
     rows = re.findall(

@@ -1,0 +1,9 @@
+# FasterNet-T0's Mask R-CNN, the 3x3 convolutions of its neck and heads
+# T-shaped.
+_base_ = '../fasternet/mask-rcnn_fasternet-t0_fpn_1x_coco.py'
+conv_cfg = dict(type='TShapedConv')
+model = dict(
+    neck=dict(conv_cfg=conv_cfg),
+    rpn_head=dict(type='SlotRPNHead', conv_cfg=conv_cfg),
+    roi_head=dict(mask_head=dict(conv_cfg=conv_cfg)),
+)
