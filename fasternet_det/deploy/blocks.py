@@ -33,6 +33,7 @@ class FastTShapedConv(nn.Module):
         self.channels3 = conv.split_sizes[0]
         self.partial_conv3 = FusedConv2d(conv.partial_conv3)
         self.pointwise_conv = FusedConv2d(conv.pointwise_conv, activation)
+        self.activation = self.pointwise_conv.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W), which stays as it is, to (N, C_out, H', W')."""

@@ -38,6 +38,7 @@ from mmdet.utils import InstanceList
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from .operators import FusedConv2d
 from .versions import check_torch
 
 # Before 2.4, the operators below fail and do not say why.
@@ -472,6 +473,18 @@ class RPNDecoder(DenseDecoder):
 
     by_level = True
 
+    def forward(self, maps: Sequence[Tensor]) -> Tuple[List[Tensor], ...]:
+        """Compute what the head does, no ReLU twice."""
+        activation = getattr(self.rpn_conv, 'activation', None)
+        if not isinstance(activation, nn.ReLU):
+            return super().forward(maps)
+        outs = [
+            (self.rpn_cls(x), self.rpn_reg(x))
+            for x in map(self.rpn_conv, maps)
+        ]
+        scores, deltas = zip(*outs)
+        return list(scores), list(deltas)
+
 
 class GFLDecoder(DenseDecoder):
     """For mmdet's ``GFLHead``, which predicts distributions of distances."""
@@ -576,6 +589,14 @@ def _listed(module: nn.Module) -> List[nn.Module]:
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
+def _predicts_by_class(head: nn.Module) -> bool:
+    """Whether ``fuse`` knows all of a mask head, its activation included."""
+    return (
+        isinstance(getattr(head.upsample, 'activation', None), nn.ReLU)
+        and type(head.conv_logits) is FusedConv2d
+    )
+
+
 class RoIDecoder(Decoder):
     """For mmdet's ``StandardRoIHead`` and ``CascadeRoIHead``."""
 
@@ -657,9 +678,15 @@ class RoIDecoder(Decoder):
             return found.scores[:, None, None]
         total, heads = 0, _listed(self.mask_head)
         for extractor, head in zip(_listed(self.mask_roi_extractor), heads):
-            logits = head(extractor(maps[: extractor.num_inputs], rois))
+            x = extractor(maps[: extractor.num_inputs], rois)
             channels = found.labels * (not head.class_agnostic)
-            total = total + logits[rows, channels].sigmoid()
+            if _predicts_by_class(head):
+                for conv in head.convs:
+                    x = conv(x)
+                logits = head.upsample.logits(x, head.conv_logits, channels)
+            else:
+                logits = head(x)[rows, channels]
+            total = total + logits.float().sigmoid()
         return total / len(heads)
 
     def predict(

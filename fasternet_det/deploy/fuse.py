@@ -6,12 +6,15 @@ import torch.nn as nn
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.wrappers import Conv2d, ConvTranspose2d
 from mmcv.ops import RoIAlign
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
 from ..backbones.fasternet import FasterNetBlock
 from ..backbones.g_ghost_regnet import Bottleneck
 from ..backbones.ghostnet import ConvBnAct, GhostBottleneck
 from ..layers import SAConv, TShapedConv
+from ..rpn_head import SlotRPNHead
 from .blocks import FastGhostBottleneck, FastTShapedConv
 from .fold_layers import owns_weight
 from .operators import (
@@ -38,45 +41,60 @@ def stays(module: nn.Module) -> bool:
     )
 
 
-def _conv(conv: nn.Conv2d) -> Optional[nn.Module]:
-    if conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
-        return None
-    return FusedConv2d(conv) if owns_weight(conv) else None
-
-
-def _tshaped(
-    conv: TShapedConv, activation: Optional[nn.Module] = None
+def _conv(
+    conv: nn.Module, activation: Optional[nn.Module] = None
 ) -> Optional[nn.Module]:
-    if all(map(owns_weight, (conv.partial_conv3, conv.pointwise_conv))):
-        return FastTShapedConv(conv, activation)
-    return None
+    """A convolution, and an activation that :func:`fuses`."""
+    if type(conv) is TShapedConv:
+        parts = (conv.partial_conv3, conv.pointwise_conv)
+        return FastTShapedConv(conv, activation) if _plain(*parts) else None
+    return FusedConv2d(conv, activation) if _plain(conv) else None
+
+
+def _plain(*convs: nn.Module) -> bool:
+    """Whether convolutions have zeros around and a weight of their own."""
+    return all(
+        type(conv) in (nn.Conv2d, Conv2d)
+        and conv.padding_mode == 'zeros'
+        and not isinstance(conv.padding, str)
+        and owns_weight(conv)
+        for conv in convs
+    )
 
 
 def _conv_module(module: ConvModule) -> Optional[nn.Module]:
     """A ConvModule whose norm is folded, and its activation."""
     if (
-        type(module.conv) not in (nn.Conv2d, Conv2d, TShapedConv)
-        or module.with_explicit_padding
+        module.with_explicit_padding
         or not isinstance(module.norm or nn.Identity(), nn.Identity)
         or module.order[-1] != 'act'
     ):
         return None
     activation = module.activate if module.with_activation else nn.Identity()
-    if not fuses(activation):
-        return None
-    if type(module.conv) is TShapedConv:
-        return _tshaped(module.conv, activation)
-    return _conv(module.conv) and FusedConv2d(module.conv, activation)
+    return _conv(module.conv, activation) if fuses(activation) else None
 
 
-def _upsample(deconv: nn.ConvTranspose2d) -> Optional[nn.Module]:
+def _rpn_head(head: RPNHead) -> None:
+    """Make the ReLU that it calls a part of the convolution before."""
+    head.rpn_conv = _conv(head.rpn_conv, nn.ReLU()) or head.rpn_conv
+
+
+def _mask_head(head: FCNMaskHead) -> None:
+    """Make the ReLU that it calls a part of the layer before."""
+    if head.upsample_method == 'deconv':
+        head.upsample = _upsample(head.upsample, head.relu) or head.upsample
+
+
+def _upsample(
+    deconv: nn.ConvTranspose2d, activation: Optional[nn.Module] = None
+) -> Optional[nn.Module]:
     if (
         deconv.kernel_size == deconv.stride == (2, 2)
         and deconv.dilation == (1, 1)
         and deconv.padding == deconv.output_padding == (0, 0)
         and deconv.groups == 1
     ):
-        return FusedUpsample(deconv)
+        return FusedUpsample(deconv, activation)
     return None
 
 
@@ -117,13 +135,13 @@ def _extractor(extractor: SingleRoIExtractor) -> Optional[nn.Module]:
     return None
 
 
-# None: what is inside may have a faster form, the module itself has none.
+# None: what is inside has a faster form, or may; the module itself has none.
 BUILDERS: Dict[type, Builder] = {
     FasterNetBlock: _block,
     Bottleneck: _bottleneck,
     GhostBottleneck: _ghost_bottleneck,
     ConvBnAct: _conv_bn_act,
-    TShapedConv: _tshaped,
+    TShapedConv: _conv,
     ConvModule: _conv_module,
     nn.Conv2d: _conv,
     Conv2d: _conv,
@@ -131,6 +149,9 @@ BUILDERS: Dict[type, Builder] = {
     nn.ConvTranspose2d: _upsample,
     ConvTranspose2d: _upsample,
     SingleRoIExtractor: _extractor,
+    RPNHead: _rpn_head,
+    SlotRPNHead: _rpn_head,
+    FCNMaskHead: _mask_head,
 }
 
 

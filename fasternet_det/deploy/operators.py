@@ -242,26 +242,59 @@ class FusedUpsample(FusedConv2d):
 
     Args:
         deconv (nn.ConvTranspose2d): The transposed convolution.
+        activation (nn.Module, optional): One that :func:`fuses`.
+            Defaults to None.
     """
 
-    def __init__(self, deconv: nn.ConvTranspose2d) -> None:
+    def __init__(
+        self,
+        deconv: nn.ConvTranspose2d,
+        activation: Optional[nn.Module] = None,
+    ) -> None:
         conv = nn.Conv2d(deconv.in_channels, 4 * deconv.out_channels, 1)
         weight = deconv.weight.permute(2, 3, 1, 0)  # y, x, C_out, C_in
         conv.weight = nn.Parameter(weight.flatten(0, 2)[:, :, None, None])
         bias = deconv.bias
         conv.bias = None if bias is None else nn.Parameter(bias.repeat(4))
-        super().__init__(conv)
+        super().__init__(conv, activation)
+
+    def _quads(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, H, W, 2, 2, C_out)."""
+        quads = super().forward(x).permute(0, 2, 3, 1)
+        return quads.unflatten(3, (2, 2, -1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, 2H, 2W)."""
-        quads = super().forward(x).permute(0, 2, 3, 1)
         return (
-            quads.unflatten(3, (2, 2, -1))
+            self._quads(x)
             .transpose(2, 3)  # N, H, y, W, x, C_out
             .flatten(3, 4)
             .flatten(1, 2)
             .permute(0, 3, 1, 2)
         )
+
+    def logits(self, x: Tensor, predictor: nn.Module, of: Tensor) -> Tensor:
+        """Predict one class of each map, a few maps at a time.
+
+        Args:
+            x (Tensor): Feature maps of shape (N, C_in, H, W).
+            predictor (nn.Module): A 1x1 convolution of this one's output.
+            of (Tensor): The channel of it to compute, of shape (N,).
+
+        Returns:
+            Tensor: Of shape (N, 2H, 2W).
+        """
+        weight = predictor.weight.flatten(1)[of][..., None]  # N, C_out, 1
+        size = self.out_channels * x[:1, 0].numel() * x.itemsize
+        parts = []
+        for maps, kernel in zip(
+            x.split(max(TILE // size, 1)), weight.split(max(TILE // size, 1))
+        ):
+            quads = self._quads(maps)
+            out = quads.flatten(1, 4) @ kernel  # N, H * W * 4, 1
+            parts.append(out.reshape(quads.shape[:-1]))
+        out = torch.cat(parts) + predictor.bias[of][:, None, None, None, None]
+        return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class FusedLinear(Packed):

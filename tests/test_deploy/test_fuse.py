@@ -4,10 +4,14 @@ import pytest
 import torch
 from fill import fill_input
 from mmcv.cnn import ConvModule
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from mmengine.registry import init_default_scope
 from torch import nn
 
-from fasternet_det import FasterNet, GGhostRegNet
-from fasternet_det.deploy import optimize
+from fasternet_det import FasterNet, GGhostRegNet, GhostNet, SlotRPNHead
+from fasternet_det.deploy import fuse, operators, optimize
+from fasternet_det.deploy.decode import RPNDecoder, _predicts_by_class
 from fasternet_det.deploy.operators import FusedConv2d, FusedUpsample
 
 pytestmark = pytest.mark.deploy
@@ -97,12 +101,12 @@ def test_modules(name, tamed):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('build', [FasterNet, GGhostRegNet])
+@pytest.mark.parametrize('build', [FasterNet, GGhostRegNet, GhostNet])
 def test_blocks_with_other_norms(build, tamed):
     """These are not folded, so that blocks compute step by step."""
     arch = dict(embed_dim=8, depths=(1, 1, 1, 1), act_cfg=dict(type='ReLU'))
-    if build is GGhostRegNet:
-        arch = TINY
+    if build is not FasterNet:
+        arch = TINY if build is GGhostRegNet else 0.25
     model = tamed(build(arch, norm_cfg=GN))
     x = image(1, 3, 64, 64)
     for out, expected in zip(optimize(model)(x), model(x), strict=True):
@@ -116,3 +120,91 @@ def test_models_of_inference_mode():
         x = image(1, 6, 9, 7)
         expected = torch.nn.functional.conv2d(x, fast[0].weight, fast[0].bias)
         torch.testing.assert_close(fast(x), expected)
+
+
+class OtherRPNHead(RPNHead):
+    """One that might compute something else."""
+
+    def forward_single(self, x):
+        return super().forward_single(-x)
+
+
+RPN = dict(
+    in_channels=8,
+    feat_channels=8,
+    test_cfg=dict(nms_pre=9, nms=dict(type='nms', iou_threshold=0.7)),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'build, count',
+    [
+        (lambda: RPNHead(**RPN), 0),
+        (lambda: RPNHead(**RPN, num_convs=2), 2),
+        (lambda: SlotRPNHead(**RPN, conv_cfg=dict(type='TShapedConv')), 0),
+        (lambda: SlotRPNHead(**RPN, conv_cfg=dict(type='SPConv')), 2),
+        (lambda: OtherRPNHead(**RPN), 2),
+    ],
+    ids=['one', 'two', 't-shaped', 'spconv', 'other'],
+)
+def test_relu_of_rpn(build, count, tamed, monkeypatch):
+    """It is part of the convolution where that is known, and left out then."""
+    head = tamed(build())
+    maps = [image(2, 8, 9, 7), image(2, 8, 5, 4)]
+    expected = head(maps)
+    decoder = RPNDecoder(fuse.fuse(head))
+    calls, relu = [], nn.functional.relu
+    monkeypatch.setattr(
+        nn.functional, 'relu', lambda x: calls.append(x) or relu(x)
+    )
+    for a, b in zip(decoder(maps), expected, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert len(calls) == count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_logits_of_a_class(dtype, tamed, monkeypatch):
+    """Those of the predicted class, without the others."""
+    head = tamed(FCNMaskHead(2, in_channels=8, conv_out_channels=6)).to(dtype)
+    fused = fuse.fuse(
+        tamed(FCNMaskHead(2, in_channels=8, conv_out_channels=6))
+    )
+    fused = fused.to(dtype)
+    assert _predicts_by_class(fused)
+    x = image(5, 8, 14, 14).to(dtype)
+    labels = torch.tensor([3, 0, 79, 1, 3])
+    features = x
+    for conv in fused.convs:
+        features = conv(features)
+    expected = head(x)[torch.arange(5), labels]
+    for tile in (1, 2**15, 2**23):  # one map at a time, some, all
+        monkeypatch.setattr(operators, 'TILE', tile)
+        logits = fused.upsample.logits(features, fused.conv_logits, labels)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused(x), head(x), rtol=1e-4, atol=1e-5)
+
+
+class OtherMaskHead(FCNMaskHead):
+    """One that might compute something else."""
+
+
+@pytest.mark.parametrize(
+    'kind, kwargs',
+    [
+        (OtherMaskHead, {}),
+        (FCNMaskHead, dict(predictor_cfg=dict(type='NormedConv2d'))),
+        (
+            FCNMaskHead,
+            dict(upsample_cfg=dict(type='nearest', scale_factor=2)),
+        ),
+        (FCNMaskHead, dict(upsample_cfg=dict(type=None))),
+    ],
+    ids=['other', 'normed', 'nearest', 'none'],
+)
+def test_mask_heads_of_which_not_all_is_known(kind, kwargs):
+    init_default_scope('mmdet')
+    head = kind(1, in_channels=8, conv_out_channels=8, **kwargs).eval()
+    assert not _predicts_by_class(fuse.fuse(head))
