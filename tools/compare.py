@@ -29,14 +29,17 @@ from mmengine.optim import build_optim_wrapper
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
-    name: ROOT / 'configs' / 'mini' / f'mask-rcnn_{file}_fpn_nuclei.py'
+    name: ROOT / 'configs' / 'mini' / f'mask-rcnn_{file}_nuclei.py'
     for name, file in {
-        'FasterNet-T0': 'fasternet-t0',
-        'G-Ghost RegNetX-200MF': 'g-ghost-regnetx-200MF',
-        'G-Ghost RegNetX-400MF': 'g-ghost-regnetx-400MF',
-        'ResNet-18': 'r18',
-        'ResNet-18 + SPConv': 'r18-spconv',
-        'ResNet-18 + SAConv': 'r18-saconv',
+        'FasterNet-T0': 'fasternet-t0_fpn',
+        'FasterNet-T0, T-shaped neck and heads': 'fasternet-t0_fpn-t',
+        'FasterNet-T0, SPConv neck and heads': 'fasternet-t0_fpn-spconv',
+        'GhostNet': 'ghostnet-1.0x_fpn',
+        'G-Ghost RegNetX-200MF': 'g-ghost-regnetx-200MF_fpn',
+        'G-Ghost RegNetX-400MF': 'g-ghost-regnetx-400MF_fpn',
+        'ResNet-18': 'r18_fpn',
+        'ResNet-18 + SPConv': 'r18-spconv_fpn',
+        'ResNet-18 + SAConv': 'r18-saconv_fpn',
     }.items()
 }
 METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
