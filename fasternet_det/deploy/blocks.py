@@ -98,6 +98,8 @@ class FastGhostBottleneck(nn.Module):
         if not isinstance(block.conv_dw, nn.Identity):
             self.conv_dw = FusedConv2d(block.conv_dw)
         self.se = block.se
+        for name, conv in block.se.named_children():
+            setattr(self.se, name, FusedConv2d(conv))
         self.ghost2 = FastGhostModule(block.ghost2)
         convs = [m for m in block.shortcut if isinstance(m, nn.Conv2d)]
         self.shortcut = nn.Sequential(*map(FusedConv2d, convs))
