@@ -103,7 +103,7 @@ class Trial:
         divisor = model.data_preprocessor.get('pad_size_divisor', 1)
         self.size = [-(-side // divisor) * divisor for side in self.size]
         for key, rpn in (('train_cfg', 'rpn_proposal'), ('test_cfg', 'rpn')):
-            if rpn in (model.get(key) or ()):
+            if (model.get(key) or {}).get(rpn):
                 model[key][rpn].max_per_img = PROPOSALS
         self.detector = MODELS.build(model)
         self.detector.init_weights()

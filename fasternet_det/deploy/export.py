@@ -12,10 +12,12 @@ import torch
 import torch.nn as nn
 from mmcv.ops import RoIAlign
 from mmdet.models import BaseDetector, DetDataPreprocessor
+from mmdet.models.necks import BFP
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..data_preprocessor import MultiChannelDataPreprocessor
+from ..layers import SAConv
 from .decode import EndToEnd, nms, roi_align
 from .fold import fold
 from .fuse import stays
@@ -165,11 +167,18 @@ def to_onnx(
         )
     folded = fold(model)
     for name, module in folded.named_modules():
-        if stays(module) and not isinstance(module, RoIAlign):
+        # BFP pools one level to the size of another.
+        if isinstance(module, BFP) or (
+            stays(module) and not isinstance(module, RoIAlign)
+        ):
+            advice = (
+                'train it with use_deform=False'
+                if isinstance(module, SAConv)
+                else 'train a detector without, or export its backbone alone'
+            )
             raise ValueError(
                 f'cannot export {name}: ONNX has no operator for its '
-                f'{type(module).__name__}; train an SAConv with '
-                'use_deform=False, and others without deformable layers'
+                f'{type(module).__name__}; {advice}'
             )
     whole = isinstance(folded, BaseDetector)
     graph = EndToEnd(folded) if whole else folded

@@ -12,6 +12,7 @@ import torch
 from fill import fill_input
 from mmcv.cnn import ConvModule
 from mmdet.apis import init_detector
+from mmdet.models.necks import BFP
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -125,8 +126,16 @@ def test_deformable_layers_are_refused(conv_cfg, kind, tamed, tmp_path):
     )
     with pytest.raises(
         ValueError, match=f'export 0.conv: .* its {kind}; train'
-    ):
+    ) as error:
         export(tamed(model), tmp_path / 'a.onnx')
+    assert ('use_deform=False' in str(error.value)) == (kind == 'SAConv')
+
+
+def test_levels_pooled_to_one_size_are_refused(tmp_path):
+    """As Libra R-CNN's are: torch records the sizes of its example."""
+    neck = BFP(8, 3).eval()
+    with pytest.raises(ValueError, match='for its BFP; train a detector wi'):
+        export(neck, tmp_path / 'a.onnx')
 
 
 def test_bare_layer(tamed, tmp_path):
