@@ -33,6 +33,20 @@ SNIPPETS = {
     for model in re.findall(r"_base_ = 'mmdet::.*/(.*)\.py'", code)
 }
 RTMDET = [path for path in CONFIGS if path.stem.startswith('rtmdet')]
+# Like smaller ones of their families, but slower: `pytest -m configs`.
+LARGE = re.compile(r'fasternet-(t1|t2|s|m|l)_|regnetx-(4\.0|8\.0|16)GF')
+
+
+def trials(paths, *sides):
+    """Parameters, of which the large are left for later."""
+    return [
+        pytest.param(
+            *(path, *sides),
+            marks=[pytest.mark.configs] * bool(LARGE.search(path.stem)),
+            id=path.stem,
+        )
+        for path in paths
+    ]
 
 
 def build(cfg, device='cpu'):
@@ -118,7 +132,7 @@ def step(model, sides, boxes=None):
     return sum((p != b).any().item() for p, b in zip(trained, before))
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', trials(CONFIGS))
 def test_config(path):
     cfg = Config.fromfile(path)
     model = build(cfg)
@@ -182,9 +196,8 @@ def test_frozen_noise_is_found():
 # 600 and 333x500 have these remainders by 32.
 @pytest.mark.parametrize(
     'path, sides',
-    [(path, [(120, 120), (77, 84)]) for path in CONFIGS]
-    + [(path, [(600, 600), (333, 500)]) for path in RTMDET],
-    ids=lambda v: getattr(v, 'stem', None),
+    trials(CONFIGS, [(120, 120), (77, 84)])
+    + trials(RTMDET, [(600, 600), (333, 500)]),
 )
 @torch.no_grad()
 def test_predicts_at_any_sides(path, sides):
