@@ -94,7 +94,8 @@ def run_pretraining(command, reader):
             folder.mkdir(parents=True)
             for k in range(count):
                 image = random.integers(40 * i, 40 * i + 40, (48, 64, 3))
-                assert cv2.imwrite(str(folder / f'{k}.png'), image)
+                path = folder / f'{k}.png'
+                assert cv2.imwrite(str(path), image.astype(np.uint8))
     workers = (
         f'{split}_dataloader.{option}'
         for split in ('train', 'val')

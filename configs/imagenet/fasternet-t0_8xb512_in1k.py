@@ -86,7 +86,7 @@ custom_hooks = [
     )
 ]
 # For 4096 images a step. All parameters decay, norms and biases too.
-auto_scale_lr = dict(base_batch_size=4096)
+auto_scale_lr = dict(enable=False, base_batch_size=4096)
 optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=0.004, weight_decay=0.005)
 )

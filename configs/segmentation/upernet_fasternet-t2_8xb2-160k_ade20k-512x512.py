@@ -37,3 +37,4 @@ param_scheduler = [
         by_epoch=False,
     ),
 ]
+auto_scale_lr = dict(enable=False, base_batch_size=16)

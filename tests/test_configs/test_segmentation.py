@@ -80,6 +80,7 @@ def test_recipe(name, results):
     iterations, images = (40000, 4) if is_fpn else (160000, 2)
     assert cfg['train_cfg']['max_iters'] == iterations
     assert cfg['train_dataloader']['batch_size'] == images
+    assert cfg['auto_scale_lr']['base_batch_size'] == 8 * images
     *warm_up, decline = cfg['param_scheduler']
     assert (decline['power'], decline['eta_min']) == (0.9 if is_fpn else 1, 0)
     assert decline['end'] == iterations
