@@ -59,15 +59,15 @@ def run_data(command, reader):
 
 
 def run_segmentation(command, reader):
-    """Shortened to six iterations of four images."""
+    """Shortened to six iterations of two images."""
     reader(
         f'{command} --cfg-options train_cfg.max_iters=6 '
-        'train_cfg.val_interval=6 param_scheduler.0.end=2 '
-        'train_dataloader.batch_size=4 default_hooks.logger.interval=1'
+        'train_cfg.val_interval=6 train_dataloader.batch_size=2 '
+        'default_hooks.logger.interval=1'
     )
     *steps, evaluated = scalars(reader, 'fpn_fasternet-t0_nuclei')
     losses = [step['loss'] for step in steps]
-    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
     # that of background alone is below 50
     assert evaluated['mIoU'] > 55
     folder = reader.folder / 'work_dirs' / 'fpn_fasternet-t0_nuclei'
