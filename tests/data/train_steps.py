@@ -22,11 +22,11 @@ def segmentor(model):
     classes = model.decode_head.num_classes
     samples = [
         SegDataSample(
-            gt_sem_seg=PixelData(data=torch.randint(classes, (1, 64, 96)))
+            gt_sem_seg=PixelData(data=torch.randint(classes, (1, 32, 64)))
         )
         for _ in range(2)
     ]
-    losses = model.loss(torch.rand(2, 3, 64, 96), samples)
+    losses = model.loss(torch.rand(2, 3, 32, 64), samples)
     model.parse_losses(losses)[0].backward()
     reader = model.neck if model.with_neck else model.decode_head
     heads = [model.decode_head]
