@@ -27,6 +27,12 @@ INSTALL_MMCV = 'tools/install_mmcv.py'
 # do the packages of export, which wants a later torch itself.
 IS_OLD = bool(re.match(r'2\.[12]\.', TORCH))
 OLD = {'numpy': '1.26.4', 'opencv-python': '4.11.0.86'}
+# What tests of other tasks than detection need: see `make`.
+OPENMMLAB = (
+    *('mmsegmentation', 'mmpretrain', 'mmrotate-dev', 'einops', 'ftfy'),
+    *('importlib_metadata', 'mat4py', 'modelindex', 'prettytable', 'regex'),
+    *('wcwidth', 'zipp'),
+)
 DETECTOR_BUILDS = """
 from mmdet.utils import register_all_modules
 register_all_modules()
@@ -109,6 +115,11 @@ def install(*args):
     )
 
 
+def install_beside(folder, *packages):
+    """Run pip install, of just these packages, into a folder of .venv."""
+    install('--no-deps', '--upgrade', '--target', VENV / folder, *packages)
+
+
 def run(*args):
     """Run the Python of .venv; stop with what it says where it fails."""
     if subprocess.run([VENV / 'bin' / 'python', *args], cwd=ROOT).returncode:
@@ -128,11 +139,13 @@ def make():
     install('--no-build-isolation', '-e', f'.[{extras}]')
     # By its own requirements, openmim would bring setuptools 60.
     install('--no-deps', 'openmim')
+    # In folders of their own, where only their tests look: the environment
+    # stays that of a user of mmdet.
+    install_beside('openmmlab', *OPENMMLAB)
     if not TORCH:
         # A test compares with timm, which wants the torchvision of just this
-        # torch. In a folder of its own: mmengine changes where it finds one.
-        target = ('--upgrade', '--target', VENV / 'timm')
-        install('--no-deps', *target, 'timm', 'torchvision')
+        # torch; mmengine changes what it does where it finds one.
+        install_beside('timm', 'timm', 'torchvision')
     say('Proving it: a Mask R-CNN with FasterNet-T0')
     run('-c', DETECTOR_BUILDS)
     (VENV / READY).write_text(json.dumps(wanted()))

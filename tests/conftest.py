@@ -3,6 +3,7 @@ import http.server
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from fasternet_det.deploy.versions import MINIMUM_TORCH
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / 'tests' / 'data'
 IS_OLD = digit_version(torch.__version__) < digit_version(MINIMUM_TORCH)
+CONSTRAINTS = (ROOT / 'constraints.txt').read_text()
+PINNED_TORCH = re.search(r'^torch==(.*)$', CONSTRAINTS, re.M)[1]
+IS_PINNED = torch.__version__.split('+')[0] == PINNED_TORCH
 collect_ignore = [
     f'test_deploy/test_{name}.py'
     for name in (
@@ -43,14 +47,18 @@ def pytest_report_header(config):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        'markers', f'deploy: needs torch {MINIMUM_TORCH} or later'
-    )
+    for marker in (
+        f'deploy: needs torch {MINIMUM_TORCH} or later',
+        f'torchvision: needs torch {PINNED_TORCH}',
+    ):
+        config.addinivalue_line('markers', marker)
 
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker('deploy') and IS_OLD:
         pytest.skip(f'deploy needs torch {MINIMUM_TORCH}')
+    if item.get_closest_marker('torchvision') and not IS_PINNED:
+        pytest.skip(f'the torchvision at hand is for torch {PINNED_TORCH}')
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +239,39 @@ def project(site, tmp_path_factory):
     where = run('-c', 'import fasternet_det; print(fasternet_det.__file__)')
     assert where.strip() == str(site / 'fasternet_det' / '__init__.py')
     run('-m', 'fasternet_det.datasets.nuclei', 'data/nuclei')
+    return run
+
+
+@pytest.fixture(scope='session')
+def openmmlab(tmp_path_factory):
+    """Run Python in a folder like a clone, with OpenMMLab's other packages.
+
+    ``make env`` puts them, and torchvision, beside the environment.
+    """
+    beside = {name: Path(sys.prefix, name) for name in ('openmmlab', 'timm')}
+    folder = tmp_path_factory.mktemp('openmmlab')
+    for name in ('configs', 'tools'):
+        (folder / name).symlink_to(ROOT / name)
+
+    def run(*args, torchvision=False, **environment):
+        wanted = ['openmmlab'] + ['timm'] * torchvision
+        for name in wanted:
+            assert beside[name].is_dir(), f'no {beside[name]}: run `make env`'
+        path = ':'.join(map(str, (ROOT, *(beside[name] for name in wanted))))
+        is_script = args[0] != '-m'
+        driver = [DATA / 'with_torchvision.py'] * (torchvision and is_script)
+        done = subprocess.run(
+            [sys.executable, *driver, *map(str, args)],
+            cwd=folder,
+            env=dict(os.environ, PYTHONPATH=path, **environment),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+        return done.stdout
+
+    run.folder = folder
     return run
 
 

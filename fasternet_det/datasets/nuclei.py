@@ -1,4 +1,4 @@
-"""Cut the shipped nuclei image into tiles with COCO instance annotations.
+"""Cut the shipped nuclei image into annotated tiles.
 
 Usage:
     python -m fasternet_det.datasets.nuclei data/nuclei
@@ -42,10 +42,12 @@ def _of_kind(tile: np.ndarray, kind: str) -> np.ndarray:
 
 
 def convert(out_dir: str, kind: str = 'grey') -> None:
-    """Write ``{train,val}/*.png`` and ``annotations/{train,val}.json``.
+    """Write ``{train,val}/*.png``, with annotations of instances and pixels.
 
-    The two splits share no pixel. Masks are run-length encoded, so areas and
-    boxes are the annotators' to the pixel.
+    ``annotations/{train,val}.json`` has the instances in COCO format; masks
+    are run-length encoded, so areas and boxes are the annotators' to the
+    pixel. ``annotations/{train,val}/*.png`` has the class of each pixel, 1 in
+    nuclei and 0 elsewhere. The two splits share no pixel.
 
     Args:
         out_dir (str): Folder to write to, made where it is missing.
@@ -67,10 +69,15 @@ def convert(out_dir: str, kind: str = 'grey') -> None:
         for x, y in _tiles(split, *labels.shape):
             tile = np.s_[y : y + TILE, x : x + TILE]
             name = f'x{x:03d}_y{y:03d}.png'
-            path = Path(out_dir, split, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not cv2.imwrite(str(path), _of_kind(image[tile], kind)):
-                raise OSError(f'cannot write {path}')
+            semantic = (labels[tile] > 0).astype(np.uint8)
+            for folder, pixels in (
+                (split, _of_kind(image[tile], kind)),
+                (f'annotations/{split}', semantic),
+            ):
+                path = Path(out_dir, folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not cv2.imwrite(str(path), pixels):
+                    raise OSError(f'cannot write {path}')
             images.append(
                 dict(id=len(images), file_name=name, width=TILE, height=TILE)
             )

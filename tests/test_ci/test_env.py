@@ -79,8 +79,21 @@ def make(env, monkeypatch, fail=None):
 
 def test_second_call_does_nothing(env, monkeypatch):
     assert not env.is_ready()
-    assert len(make(env, monkeypatch)) == 6
+    installed = make(env, monkeypatch)
+    assert len(installed) == 7
     assert env.is_ready()
+    beside = {
+        str(args[args.index('--target') + 1]): args
+        for args in installed
+        if '--target' in args
+    }
+    assert set(beside) == {
+        str(env.VENV / name) for name in ('openmmlab', 'timm')
+    }
+    versions = pinned((ROOT / 'constraints.txt').read_text())
+    for args in beside.values():
+        assert args[0] == '--no-deps'
+        assert set(args[args.index('--target') + 2 :]) <= versions.keys()
 
 
 @pytest.mark.parametrize('change', ['root', 'python', 'constraints.txt'])

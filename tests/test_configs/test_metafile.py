@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ def metafile():
 
 
 FAMILIES = dict(
-    fasternet=16, g_ghost_regnet=8, ghostnet=3, saconv=1, spconv=1, tshaped=2
+    **dict(fasternet=16, g_ghost_regnet=8, ghostnet=3),
+    **dict(saconv=1, spconv=1, tshaped=2, segmentation=4, imagenet=2),
 )
+DATASETS = r'_(coco|ade20k-512x512|in1k)\.py$'
 
 
 def test_index():
@@ -46,7 +49,9 @@ def test_lists_every_config_once(family):
     models = metafile['Models']
     assert {m['In Collection'] for m in models} == {collection['Name']}
     assert sorted(m['Config'] for m in models) == sorted(
-        str(path.relative_to(ROOT)) for path in folder.glob('*_coco.py')
+        str(path.relative_to(ROOT))
+        for path in folder.glob('*.py')
+        if re.search(DATASETS, path.name)
     )
     assert len(models) == FAMILIES[family]
     assert all(m['Name'] == Path(m['Config']).stem for m in models)

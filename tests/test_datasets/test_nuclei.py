@@ -91,6 +91,19 @@ def test_splits_cover_the_image_and_share_nothing(root):
     assert seen['val'][:, 384:].all() and not seen['val'][:, :384].any()
 
 
+@pytest.mark.parametrize('name', ['train', 'val'])
+def test_classes_of_pixels(name, root):
+    labels = read('mask.png')
+    images = {path.name for path in (root / name).iterdir()}
+    masks = list((root / 'annotations' / name).iterdir())
+    assert {path.name for path in masks} == images
+    for path in masks:
+        x, y = int(path.stem[1:4]), int(path.stem[6:9])
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert mask.dtype == np.uint8
+        assert np.array_equal(mask, labels[y : y + 128, x : x + 128] > 0)
+
+
 def test_truth_scores_one(split):
     _, coco = split
     results = coco.loadRes([dict(a, score=1.0) for a in coco.anns.values()])
