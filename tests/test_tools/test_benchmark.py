@@ -20,8 +20,7 @@ import seeded  # noqa: E402
 from benchmark import __main__, experiments, models, report  # noqa: E402
 
 CONFIGS = ROOT / 'configs'
-RETINANET = str(CONFIGS / 'fasternet/retinanet_fasternet-t0_fpn_1x_coco.py')
-MASK_RCNN = str(CONFIGS / 'fasternet/mask-rcnn_fasternet-t0_fpn_1x_coco.py')
+MASK_RCNN = str(CONFIGS / 'mini/mask-rcnn_fasternet-t0_fpn_nuclei.py')
 RTMDET = str(CONFIGS / 'fasternet/rtmdet_fasternet-t0_8xb32-300e_coco.py')
 MINI = str(CONFIGS / 'mini/retinanet_fasternet-t0_fpn_nuclei.py')
 
@@ -78,9 +77,7 @@ def test_models(monkeypatch, capsys, tmp_path):
     for row, peak in zip(rows, [peaks[0]] * 4 + [peaks[1], peaks[0]]):
         low, median, high = row['ms']
         assert 0 < low <= median <= high
-        assert row['times'] == pytest.approx(
-            [low / 500 - median / 1e3] * 2
-        ) or (sum(row['times']) == pytest.approx(median / 500))
+        assert sum(row['times']) == pytest.approx(median / 500)
         assert row['images/s'] == pytest.approx(2000 / median)
         assert row['GFLOP/s'] == pytest.approx(2e3 * row['FLOPs (G)'] / median)
         shares = [
@@ -94,7 +91,7 @@ def test_models(monkeypatch, capsys, tmp_path):
     assert result['machine']['versions']['torch'] == installed
     text = (tmp_path / 'models.md').read_text()
     assert all(f'| {side} |' in text for side in sides)
-    assert 'FLOPs (G)' in text and 'times |' not in text
+    assert '| ms | times faster |' in text and '| times |' not in text
     assert 0 < (tmp_path / 'models.png').stat().st_size < 150_000
     assert 'fasternet-t0:optimize,bf16' in capsys.readouterr().out
 
@@ -135,13 +132,13 @@ def test_runtimes(capsys, monkeypatch):
 
 
 def test_detector():
-    sides = [f'{RETINANET}:original', f'{RETINANET}:fold']
+    sides = [f'{MINI}:original', f'{MINI}:fold']
     result = experiments.measure(sides, (128, 128), rounds=1)
     first, second = result['rows'][:2]
     assert second['difference'] < 1e-5 and second['in common (%)'] >= 99
     assert first['detections'] == second['detections']
     assert 20 <= first['detections'][0] <= 100
-    counted = get_flops.count_detector(RETINANET, (128, 128))
+    counted = get_flops.count_detector(MINI, (128, 128))
     assert (first['params (M)'] * 1e6, first['FLOPs (G)'] * 1e9) == counted
 
 
@@ -387,9 +384,8 @@ def test_scaling_and_report(monkeypatch, tmp_path):
 def test_goals_can_be_judged():
     """Each is of a form that is measured, and of a model that there is."""
     for goal in models.DATA['goals']:
-        assert goal['model'] in models.BACKBONES or (
-            get_flops.read_config(ROOT / goal['model'])
-        )
+        model = goal['model']
+        assert model in models.BACKBONES or (ROOT / model).is_file()
         training = goal.get('training')
         forms = (':original', '', ':with_cp') if training else models.EVERY
         for form, what, sign, limit, *rivals in sum(goal['reach'], []):
@@ -462,8 +458,8 @@ def test_goals_command(monkeypatch, tmp_path):
         ),
     ]
     monkeypatch.setitem(experiments.DATA, 'goals', goals)
-    command = ['goals', '--shrink', 99, '--rounds', 1, '--threads', 1]
-    run(monkeypatch, *command, '--out', tmp_path)
+    options = ['--shrink', 99, '--rounds', 1, '--threads', 1]
+    run(monkeypatch, 'goals', *options, '--out', tmp_path)
     result = json.loads((tmp_path / 'goals.json').read_text())
     assert [row['reached'] for row in result['rows']] == [True, False]
     inference, training = result['runs'].values()

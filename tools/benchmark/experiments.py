@@ -300,7 +300,7 @@ def judge(goal: Dict[str, Any], run: Dict[str, Any]) -> Iterator[dict]:
             value = next(r['why'] for r in (row, *others) if 'why' in r)
             reached = False
         else:
-            value = row[what]
+            value = row.get(what)
             if rivals:
                 best = min(timed, key=lambda other: other['ms'][1])
                 value = ratios(best['times'], row['times'])
