@@ -7,11 +7,13 @@ import copy
 import math
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 import torch.nn as nn
+from get_flops import count_flops
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
@@ -22,8 +24,9 @@ from fasternet_det import ConvAWS2d
 # An image of 427x640 pixels is enlarged so much to fit 1333x800.
 SCALE = 1.873
 # The last layers of heads, on maps of standard deviation 30: boxes stay near
-# their anchors, and scores do not saturate, so that no two are equal.
-HEAD_GAINS = {'_reg.': 0.01, '_cls.': 0.1}
+# their anchors, and scores do not saturate, so that no two are equal. And what
+# SAConv multiplies its map with: else it squares, layer by layer, to infinity.
+GAINS = {'_reg.': 0.01, '_cls.': 0.1, 'switch.': 0.01, '_context.': 0.1}
 # Strides from a point to the sides of its box, for the heads that predict
 # them: around 0, every other box would end before it starts.
 DISTANCES = {'rtm_reg.': 4}
@@ -47,7 +50,7 @@ def fill(module: nn.Module) -> nn.Module:
         if name.endswith(('bias', 'running_mean')):
             value = 0.1 * normal + of(DISTANCES, name, 0)
         elif tensor.dim() >= 2:
-            gain = of(HEAD_GAINS, name, 1)
+            gain = of(GAINS, name, 1)
             value = gain * normal / tensor[0].numel() ** 0.5
         else:  # scales and variances
             value = torch.rand(tensor.shape, generator=generator) + 0.5
@@ -81,6 +84,11 @@ class Model:
         if self.samples is None:
             return module(self.inputs)
         return module.extract_feat(self.inputs)
+
+    @cached_property
+    def flops(self) -> int:
+        """Multiply-adds of the plain module."""
+        return count_flops(self.run_of(self.module))
 
     def found_by(self, module: nn.Module) -> List[InstanceData]:
         """What a detector finds in each image; nothing, of a backbone."""

@@ -105,9 +105,7 @@ def compare(sides: Sequence[Side]) -> List[Dict[str, Any]]:
 
 
 def check(dtype: torch.dtype, maps: Any, found: Any) -> Dict[str, Any]:
-    """Compare pairs of a side's outputs and the first's: rounding must explain
-    the difference, and both find something.
-    """
+    """Compare pairs of a side's outputs and of the first's."""
     row: Dict[str, Any] = {}
     if maps[0] is not None and maps[1] is not None:
         row['difference'] = off = difference(*maps)
@@ -164,8 +162,7 @@ def measure(
             row['images/s'] = 1e3 * batch / row['ms'][1]
             parameters = model.module.parameters()
             row['params (M)'] = sum(p.numel() for p in parameters) / 1e6
-            plain = model.run_of(model.module)
-            flops = count_flops(side.run if training else plain)
+            flops = count_flops(side.run) if training else model.flops
             row['FLOPs (G)'] = flops / 1e9
             row['GFLOP/s'] = 2 * flops / 1e6 / row['ms'][1]
             row['top-1 (%), reported'] = DATA['reported'].get(model.name)
@@ -199,7 +196,9 @@ def measure_scaling(
                 row['megapixels'] = batch * math.prod(size) / 1e6
                 row['ns/pixel'] = row['ms'][1] / row['megapixels']
                 rows.append({key: row[key] for key in SCALING})
-    return dict(settings=settings, rows=rows)
+    for key in ('pixels', 'batch'):
+        del result['settings'][key]
+    return dict(settings=result['settings'], rows=rows)
 
 
 def measure_training(
@@ -324,11 +323,12 @@ def measure_goals(
         size = [max(64, n // shrink) for n in goal.get('size', (800, 1216))]
         settings = dict(threads=goal.get('threads', threads), rounds=rounds)
         path = str(ROOT / model) if model.endswith('.py') else model
-        if goal.get('training'):
+        training = goal.get('training', False)
+        if training:
             run = measure_training(path, size, **settings)
         else:
             run = measure([f'{path}:every'], size, **settings)
-        runs[f'{Path(model).stem}, {by_x(size)}'] = run
+        runs[Path(model).stem + ', training' * training] = run
         rows += judge(goal, run)
     return dict(settings=dict(shrink=shrink), rows=rows, runs=runs)
 
