@@ -1,7 +1,4 @@
-"""What is asked: a function for each command; its arguments are the options.
-
-All return ``settings`` and ``rows``, whose keys are the columns of a table.
-"""
+"""A function a command: its options -> settings, and the rows of a table."""
 
 import copy
 import math
@@ -196,9 +193,8 @@ def measure_scaling(
                 row['megapixels'] = batch * math.prod(size) / 1e6
                 row['ns/pixel'] = row['ms'][1] / row['megapixels']
                 rows.append({key: row[key] for key in SCALING})
-    for key in ('pixels', 'batch'):
-        del result['settings'][key]
-    return dict(settings=result['settings'], rows=rows)
+    settings = {k: result['settings'][k] for k in ('threads', 'rounds')}
+    return dict(settings=settings, rows=rows)
 
 
 def measure_training(
@@ -330,6 +326,7 @@ def measure_goals(
             run = measure([f'{path}:every'], size, **settings)
         runs[Path(model).stem + ', training' * training] = run
         rows += judge(goal, run)
+    rows += DATA['elsewhere']
     return dict(settings=dict(shrink=shrink), rows=rows, runs=runs)
 
 

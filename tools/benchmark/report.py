@@ -102,9 +102,7 @@ def report(folders: Sequence[Path], out: Path) -> None:
     """Make one page of the results in some folders, its plots beside it."""
     files = [file for folder in folders for file in folder.glob('*.json')]
     if not files:
-        raise ValueError(
-            f'there is no result in {", ".join(map(str, folders))}'
-        )
+        raise ValueError(f'there is no .json in {cell(folders)}')
     machines: List[str] = []
     sections = []
     for file in sorted(files, key=lambda file: file.stem):
