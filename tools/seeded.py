@@ -90,6 +90,18 @@ class Model:
         """Multiply-adds of the plain module."""
         return count_flops(self.run_of(self.module))
 
+    def calibration(self) -> List[Any]:
+        """The input, of a detector as ``test_step`` takes it."""
+        if self.samples is None:
+            return [self.inputs]
+        preprocessor, images = self.module.data_preprocessor, self.inputs
+        if preprocessor._enable_normalize:
+            images = images * preprocessor.std + preprocessor.mean
+        if preprocessor._channel_conversion:
+            images = images.flip(1)
+        samples = copy.deepcopy(self.samples)
+        return [dict(inputs=list(images), data_samples=samples)]
+
     def found_by(self, module: nn.Module) -> List[InstanceData]:
         """What a detector finds in each image; nothing, of a backbone."""
         if self.samples is None:

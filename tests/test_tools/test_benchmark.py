@@ -205,6 +205,16 @@ def test_agreement():
         assert seeded.agreement(other, first) == 0.5, key
 
 
+def test_calibration():
+    """What the preprocessor makes of it are the images of the benchmark."""
+    model = models.build_model(RTMDET, (64, 96), 2)
+    (batch,) = model.calibration()
+    taken = model.module.data_preprocessor(batch)['inputs']
+    assert torch.allclose(taken, model.inputs, atol=1e-5)
+    backbone = models.build_model('fasternet-t0', (64, 96), 2)
+    assert backbone.calibration() == [backbone.inputs]
+
+
 def test_original_is_ours(randomise):
     model = randomise(FasterNet('t2', layer_scale_init_value=1)).eval()
     x = torch.randn(2, 3, 64, 64)

@@ -234,7 +234,7 @@ def build_module(spec: Spec, model: Model) -> nn.Module:
     if spec.dtype == torch.int8:
         if 'calibration' not in signature(optimize).parameters:
             raise CannotError('there is no fast form in INT8 yet')
-        settings['calibration'] = [model.inputs]
+        settings['calibration'] = model.calibration()
     try:
         return optimize(model.module, spec.dtype, **settings)
     except ValueError as error:
