@@ -233,8 +233,9 @@ def run_flops(command, reader, tmp_path):
 def run_elsewhere(command, reader, tmp_path):
     """These take hours; a test of their own runs them on less."""
     tool = Path(command.split()[1])
-    test = (ROOT / 'tests' / 'test_tools' / f'test_{tool.name}').read_text()
-    assert (ROOT / tool).is_file()
+    tests = ROOT / 'tests' / 'test_tools'
+    test = (tests / f'test_{tool.stem}.py').read_text()
+    assert (ROOT / tool).exists()
     call = dict(
         benchmark=r"run\(\s*monkeypatch,\s*'goals'",
         compare=r"compare\.run\(\s*'out'",
@@ -250,7 +251,7 @@ RUNNERS = {
     'python -m fasternet_det.datasets.nuclei': run_data,
     'python tools/train.py': run_train,
     'python tools/test.py': run_test,
-    'python tools/benchmark.py': run_elsewhere,
+    'python tools/benchmark': run_elsewhere,
     'python tools/export.py': run_export,
     'python tools/predict.py': run_predict,
     'python run_onnx.py': run_onnx,

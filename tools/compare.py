@@ -15,12 +15,12 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
 from typing import Any, Callable, Dict, List
 
 import matplotlib.pyplot as plt
 import torch
 from get_flops import count_detector
+from measuring import alternate, table
 from mmdet.apis import init_detector
 from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
@@ -44,7 +44,6 @@ CONFIGS = {
 }
 METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
 SIDE = 256  # of the images, as the configs resize them
-WARM_UP = 3  # rounds that are not timed
 
 
 def train(config: Config, folder: Path, threads: int) -> Dict[str, Any]:
@@ -90,19 +89,9 @@ def train(config: Config, folder: Path, threads: int) -> Dict[str, Any]:
 def take_turns(
     calls: Dict[str, Callable[[], Any]], rounds: int
 ) -> Dict[str, float]:
-    """Time calls in milliseconds, the median of the rounds.
-
-    By turns, so that what else the machine does meets all of them.
-    """
-    times = {name: [] for name in calls}
-    for _ in range(WARM_UP + rounds):
-        for name, call in calls.items():
-            start = perf_counter()
-            call()
-            times[name].append(perf_counter() - start)
-    return {
-        name: 1000 * median(values[WARM_UP:]) for name, values in times.items()
-    }
+    """Time calls in milliseconds, the median of the rounds."""
+    times = alternate(list(calls.values()), rounds)
+    return {name: 1000 * median(series) for name, series in zip(calls, times)}
 
 
 def measure_times(
@@ -149,20 +138,22 @@ def spread(values: List[float]) -> str:
 
 def make_table(results: Dict[str, Dict[str, Any]]) -> str:
     """Write the results as a table in Markdown."""
-    lines = [
-        f'| backbone | {" | ".join(METRICS)} | params (M) | FLOPs (G) '
-        '| latency (ms) | training (min) |',
-        '|---|---|---|---|---|---|---|',
+    header = [
+        *('backbone', *METRICS, 'params (M)', 'FLOPs (G)', 'latency (ms)'),
+        'training (min)',
     ]
-    for name, result in results.items():
-        aps = [spread(result[metric]) for metric in METRICS]
-        minutes = result['step'] * result['iterations'] / 60_000
-        lines.append(
-            f'| {name} | {" | ".join(aps)} | {result["params"] / 1e6:.2f} '
-            f'| {result["flops"] / 1e9:.2f} | {result["latency"]:.0f} '
-            f'| {minutes:.1f} |'
-        )
-    return '\n'.join(lines) + '\n'
+    rows = [
+        [
+            name,
+            *(spread(result[metric]) for metric in METRICS),
+            f'{result["params"] / 1e6:.2f}',
+            f'{result["flops"] / 1e9:.2f}',
+            f'{result["latency"]:.0f}',
+            f'{result["step"] * result["iterations"] / 60_000:.1f}',
+        ]
+        for name, result in results.items()
+    ]
+    return table(header, rows) + '\n'
 
 
 def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:

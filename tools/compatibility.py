@@ -24,10 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
-from benchmark import agreement, ratios
-from benchmark_measure import alternate, difference
-from benchmark_models import Model, exported_side, parse
-from benchmark_report import describe_machine, table
+from benchmark.models import exported_side, parse
 from compatibility_models import (
     CONFIGS,
     ENOUGH,
@@ -41,8 +38,10 @@ from compatibility_models import (
     set_threshold,
     with_area,
 )
+from measuring import alternate, describe_machine, name_machine, ratios, table
 from mmdet.registry import MODELS
 from mmengine.logging import MessageHub
+from seeded import Model, agreement, difference
 
 from fasternet_det.deploy import optimize
 
@@ -142,7 +141,7 @@ class Trial:
         detector = seed(self.detector)
         batch = self._batch()
         image, samples = batch['inputs'][:1], batch['data_samples'][:1]
-        self.model = Model(self.family, self.family, detector, image, samples)
+        self.model = Model(self.family, detector, image, samples)
         self.found = set_threshold(self.model)
         return dict(detections=len(self.found))
 
@@ -176,8 +175,7 @@ class Trial:
         """Export to ONNX, and find the same in ONNX Runtime."""
         spec = parse(f'{self.family}@onnxruntime')
         with TemporaryDirectory() as folder:
-            threads = torch.get_num_threads()
-            side = exported_side(spec, self.model, threads, Path(folder))
+            side = exported_side(spec, self.model, Path(folder))
             (found,) = side.found()
         common = agreement(with_area(found), self.found)
         if common < LIMITS[torch.float32][1]:
@@ -304,7 +302,6 @@ def page(rows: Sequence[Dict[str, Any]], command: str) -> str:
             '--out holds rows of other machines or versions: name an empty '
             'folder'
         )
-    versions = [f'{k} {v}' for k, v in machine['versions'].items() if v]
     others = [
         f'{row["family"]} ({row["why"]["build"]})'
         for row in rows
@@ -325,9 +322,7 @@ def page(rows: Sequence[Dict[str, Any]], command: str) -> str:
         f'form in float32, {done["bfloat16"]} in bfloat16, {done["export"]} '
         'are exported.**',
         LEGEND,
-        f'{machine["cpu"]}, {machine["cores"]} cores, '
-        f'{", ".join(machine["instructions"])}; Python {machine["python"]}, '
-        f'{", ".join(versions)}.',
+        f'{name_machine(machine)}.',
         table(HEADER, [cells(row) for row in rows]),
     ]
     if others:

@@ -11,7 +11,6 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from benchmark_models import Model, detector_samples, fill
 from mmdet.models import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.structures.mask import BitmapMasks, mask2bbox
@@ -19,6 +18,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from mmengine.utils import get_installed_path
+from seeded import Model, detector_samples, fill
 
 CONFIGS = Path(get_installed_path('mmdet'), '.mim', 'configs')
 # Which config of a family is taken: of the first of these that any of them

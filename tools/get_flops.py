@@ -44,17 +44,40 @@ NOTE = (
 )
 
 
+def count_flops(run: Callable[[], object]) -> int:
+    """Count the multiply-adds of a run; fused operators go uncounted."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2  # it counts x * y + z as two
+
+
 def _count(
     build: Callable[[], nn.Module], run: Callable[[nn.Module], object]
 ) -> Tuple[int, int]:
     """Count the parameters of what is built and the FLOPs of running it."""
-    counter = FlopCounterMode(display=False)
     with torch.device('meta'), torch.no_grad():
         model = build().eval()
-        with counter:
-            run(model)
-    params = sum(param.numel() for param in model.parameters())
-    return params, counter.get_total_flops() // 2  # it counts x * y + z as two
+        flops = count_flops(lambda: run(model))
+    return sum(param.numel() for param in model.parameters()), flops
+
+
+def config_path(name: Union[str, Path]) -> Path:
+    """The file of a config, 'mmdet::' and the name of one of mmdet's too."""
+    mmdet = f'{get_installed_path("mmdet")}/.mim/configs/'
+    return Path(str(name).replace('mmdet::', mmdet))
+
+
+def read_config(name: Union[str, Path]) -> Config:
+    """Read the config of a detector.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no ``model``.
+    """
+    config = Config.fromfile(config_path(name))
+    if 'model' not in config:
+        raise ValueError(f'{name} has no `model`')
+    return config
 
 
 def count_classifier(arch: Union[str, dict]) -> Tuple[int, int]:
@@ -93,10 +116,7 @@ def count_detector(
         ValueError: If the config has no detector that can be counted.
     """
     if not isinstance(config, Config):
-        mmdet = f'{get_installed_path("mmdet")}/.mim/configs/'
-        config = Config.fromfile(str(config).replace('mmdet::', mmdet))
-    if 'model' not in config:
-        raise ValueError(f'{config.filename} has no `model`')
+        config = read_config(config)
     in_channels = config.model.get('backbone', {}).get('in_channels', 3)
 
     def run(model: nn.Module) -> None:

@@ -14,10 +14,10 @@ from mmengine.structures import InstanceData, PixelData
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'tools'))
-import benchmark_measure  # noqa: E402
 import compatibility  # noqa: E402
 import compatibility_models  # noqa: E402
-from benchmark_models import Model  # noqa: E402
+import measuring  # noqa: E402
+from seeded import Model  # noqa: E402
 
 NECK = ['model.neck.in_channels']
 ALL, LAST = [0, 2, 4, 6], [6]
@@ -41,7 +41,7 @@ FAMILIES = {
 @pytest.fixture
 def quick(monkeypatch):
     """Small images, few proposals, and no export, which test_export tests."""
-    monkeypatch.setattr(benchmark_measure, 'TURN_SECONDS', 0)
+    monkeypatch.setattr(measuring, 'TURN_SECONDS', 0)
     monkeypatch.setattr(compatibility, 'ROUNDS', 1)
     monkeypatch.setattr(compatibility, 'SIZE', (96, 128))
     monkeypatch.setattr(compatibility, 'PROPOSALS', 20)
@@ -212,7 +212,7 @@ class Fake(torch.nn.Module):
 
 def fake_trial(scores):
     trial = compatibility.Trial('fake')
-    trial.model = Model('fake', 'fake', Fake(scores), torch.ones(1), [])
+    trial.model = Model('fake', Fake(scores), torch.ones(1), [])
     trial.found = compatibility_models.set_threshold(trial.model)
     return trial
 
@@ -252,8 +252,8 @@ def test_wrong_fast_form(dtype, quick, monkeypatch):
 def test_export(monkeypatch):
     trial = fake_trial([0.5, 0.6])
 
-    def exported_side(spec, model, threads, folder):
-        assert (spec.name, spec.runtime) == ('fake', 'onnxruntime')
+    def exported_side(spec, model, folder):
+        assert (spec.name, spec.kind) == ('fake', 'onnxruntime')
         assert model is trial.model and folder.is_dir()
         return SimpleNamespace(
             found=lambda: [make_sample(scores).pred_instances]
