@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 MIM = PACKAGE / '.mim'
 HOME = MIM if MIM.exists() else PACKAGE.parent  # of a wheel; of a clone
-TOOLS = HOME / 'tools'
+CONFIGS, TOOLS = HOME / 'configs', HOME / 'tools'
 COMMANDS = dict(
     train='train.py',
     test='test.py',
@@ -52,7 +52,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.command == 'configs':
-        print(HOME / 'configs')  # noqa: T201
+        print(CONFIGS)  # noqa: T201
         return
     sys.argv[1:] = args.options
     sys.path.insert(0, str(TOOLS))  # they import each other
