@@ -54,9 +54,10 @@ def main() -> None:
     if args.command == 'configs':
         print(CONFIGS)  # noqa: T201
         return
+    tool = TOOLS / COMMANDS[args.command]
     sys.argv[1:] = args.options
-    sys.path.insert(0, str(TOOLS))  # they import each other
-    runpy.run_path(str(TOOLS / COMMANDS[args.command]), run_name='__main__')
+    sys.path.insert(0, str(tool.parent))  # as Python does with a script
+    runpy.run_path(str(tool), run_name='__main__')
 
 
 if __name__ == '__main__':
