@@ -342,7 +342,7 @@ def test_snippet_of_options():
 def test_a_newcomer_finds_every_guide():
     """In one click, on a page that greets."""
     assert len(README.splitlines()) < 200
-    for page in DOCS:
+    for page in (*DOCS, ROOT / 'docs' / 'tutorial.ipynb'):
         assert f'](docs/{page.name})' in README, page
 
 
