@@ -1,5 +1,7 @@
 """Packaging of fasternet_det; see README.md for how to install it."""
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +9,23 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+# Set it to publish: a package index shows the README alone, and wants links to
+# its images and pages in full.
+URL = os.environ.get('FASTERNET_DET_URL')
+
+
+def readme() -> str:
+    """The README, with full links where the repository's address is known."""
+    text = (HERE / 'README.md').read_text()
+    if not URL:
+        return text
+    return re.sub(
+        r'(!?)(\[[^]]*\])\((?!https?:|#)([^)\s]+)\)',
+        lambda m: '{0}{1}({4}/{3}/HEAD/{2})'.format(
+            *m.groups(), 'raw' if m[1] else 'blob', URL
+        ),
+        text,
+    )
 
 
 class build_py_with_mim(build_py):
@@ -32,13 +51,35 @@ setup(
     name='fasternet_det',
     version=about.split("__version__ = '")[1].split("'")[0],
     description='FasterNet and its relatives as backbones for MMDetection 3.x',
-    long_description=(HERE / 'README.md').read_text(),
+    long_description=readme(),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
+    project_urls={
+        'Paper': 'https://arxiv.org/abs/2303.03667',
+        **({'Source': URL} if URL else {}),
+    },
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
+    ],
+    license_expression='Apache-2.0 AND BSD-3-Clause',  # us, and the nuclei
     license_files=['LICENSE', 'fasternet_det/datasets/nuclei_data/LICENSE'],
     packages=find_packages(include=['fasternet_det*']),
-    package_data={'fasternet_det.datasets': ['nuclei_data/*']},
-    python_requires='>=3.10',
+    package_data={
+        'fasternet_det': ['py.typed'],
+        'fasternet_det.datasets': ['nuclei_data/*'],
+    },
+    entry_points=dict(
+        console_scripts=['fasternet-det = fasternet_det.__main__:main']
+    ),
+    python_requires='>=3.10,<3.13',  # mmcv 2.1's
     install_requires=['safetensors'],
     extras_require={
         # Left out of the requirements proper: forks of these packages install
@@ -48,11 +89,17 @@ setup(
             'mmengine>=0.10.7',
             'mmcv>=2.1.0,<2.2.0',
             'mmdet>=3.3.0,<4',
-            'pycocotools',
+            'pycocotools>=2.0.11',
             'setuptools<82',  # mmengine imports pkg_resources
         ],
-        # export to ONNX and OpenVINO, and what runs it
-        'deploy': ['onnx', 'onnxruntime', 'onnxscript', 'openvino'],
+        # export to ONNX and OpenVINO, and what runs it; from the oldest that
+        # constraints.txt proves
+        'deploy': [
+            'onnx>=1.23.2',
+            'onnxruntime>=1.23.2',
+            'onnxscript>=0.7.2',
+            'openvino>=2026.4.1',
+        ],
         'tests': [
             'pytest',
             'pytest-xdist',

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 # Named one by one: a look inside a missing package would raise by itself.
 _missing = [

@@ -204,9 +204,14 @@ def site(tmp_path_factory):
         stdout=subprocess.DEVNULL,
     )
     (sdist,) = wheels.iterdir()
+    address = dict(FASTERNET_DET_URL='https://example.org/fasternet_det')
     pip = [sys.executable, '-m', 'pip', '-q', '--no-input']
     options = ['--no-deps', '--no-build-isolation']
-    subprocess.run([*pip, 'wheel', *options, '-w', wheels, sdist], check=True)
+    subprocess.run(
+        [*pip, 'wheel', *options, '-w', wheels, sdist],
+        env=os.environ | address,
+        check=True,
+    )
     (wheel,) = wheels.glob('*.whl')
     target = tmp_path_factory.mktemp('site')
     subprocess.run(

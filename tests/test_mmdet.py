@@ -20,7 +20,7 @@ from modelindex.load_model_index import load
 
 from fasternet_det.checkpoint import read_checkpoint
 
-README = Path(__file__).parents[1] / 'README.md'
+GUIDE = Path(__file__).parents[1] / 'docs' / 'fast-form.md'
 
 
 @pytest.fixture(scope='session')
@@ -77,7 +77,7 @@ def test_test_of_the_fast_form(
     dtype, tolerance, trained, history, project, config
 ):
     """bfloat16 rounds, and one nucleus of the 27 is much to so few."""
-    code = README.read_text().split('# my_fast_config.py\n')[1]
+    code = GUIDE.read_text().split('# my_fast_config.py\n')[1]
     code = code.split('```')[0].replace('./my_config.py', str(config))
     fast = project.folder / f'fast_{dtype}.py'
     fast.write_text(code.replace('bfloat16', dtype))

@@ -1,4 +1,4 @@
-"""What the README tells a stranger to do, done."""
+"""What the README and the guides tell a stranger to do, done."""
 
 import json
 import os
@@ -11,16 +11,25 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
+from mmdet.registry import MODELS
 from mmengine.config import Config
 
 import fasternet_det
+from fasternet_det.__main__ import COMMANDS as TOOLS
 from fasternet_det.checkpoint import is_timm_fasternet, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
+DOCS = sorted(ROOT.glob('docs/*.md'))
+# These record what was run, in hours and in other environments; the last has
+# tests of its own.
+RECORDS = ('benchmark', 'compatibility', 'versions', 'other-tasks')
+GUIDES = README + '\n'.join(
+    page.read_text() for page in DOCS if page.stem not in RECORDS
+)
 COMMANDS = [
     line
-    for block in re.findall(r'```bash\n(.*?)```', README, re.S)
+    for block in re.findall(r'```bash\n(.*?)```', GUIDES, re.S)
     for line in block.splitlines()
 ]
 BFLOAT16 = '_bf16' in Path('/proc/cpuinfo').read_text()
@@ -36,15 +45,18 @@ del loader, pipeline, place
 """
 
 
-def sh(command, cwd, **environment):
-    """Run a command of the README, with ``.venv`` active."""
+def sh(command, cwd, site=None):
+    """Run a command, with ``.venv`` active, or with what ``site`` holds."""
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    environment = dict(os.environ, PATH=path)
+    if site:
+        environment.update(PATH=f'{site}/bin:{path}', PYTHONPATH=str(site))
     done = subprocess.run(
         command,
         shell=True,
         text=True,
         cwd=cwd,
-        env=dict(os.environ, PATH=path, **environment),
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -56,13 +68,12 @@ def sh(command, cwd, **environment):
 def reader(project, site, imagenet):
     """Run commands in a reader's folder, with the package installed.
 
-    It holds the tools, the files that the README shows, and ImageNet's.
+    It holds the files that the guides show, and ImageNet's.
     """
     folder = project.folder
-    (folder / 'tools').symlink_to(ROOT / 'tools')
     for name in ('my_config', 'my_fast_config', 'run_onnx'):
         (code,) = re.findall(
-            rf'```python\n(# {name}.py\n.*?)```', README, re.S
+            rf'```python\n(# {name}.py\n.*?)```', GUIDES, re.S
         )
         (folder / f'{name}.py').write_text(code)
     path = folder / 'my_config.py'
@@ -75,7 +86,7 @@ def reader(project, site, imagenet):
         torch.save(imagenet(arch), folder / f'fasternet_{arch}.pth')
 
     def run(command):
-        return sh(command, folder, PYTHONPATH=str(site))
+        return sh(command, folder, site)
 
     run.folder = folder
     return run
@@ -150,7 +161,7 @@ def run_train(command, reader, tmp_path):
     losses = [step['loss'] for step in steps]
     assert losses[-1] < 0.9 * losses[0], losses
     assert 0 <= evaluated['coco/bbox_mAP'] <= 1
-    # the README's is of all twelve
+    # the guides' is of all twelve
     (work_dir / 'epoch_1.pth').rename(work_dir / 'epoch_12.pth')
 
 
@@ -221,6 +232,16 @@ def run_convert(command, reader, tmp_path):
     assert is_timm_fasternet(converted)
 
 
+def run_copy(command, reader, tmp_path):
+    reader(command)
+    name = 'mask-rcnn_fasternet-s_fpn_1x_coco.py'
+    copied, ours = (
+        Config.fromfile(folder / 'fasternet' / name).to_dict()
+        for folder in (reader.folder, ROOT / 'configs')
+    )
+    assert copied == ours
+
+
 def run_flops(command, reader, tmp_path):
     """Of Mask R-CNN, what the configs' page prints."""
     said = reader(command)
@@ -232,14 +253,13 @@ def run_flops(command, reader, tmp_path):
 
 def run_elsewhere(command, reader, tmp_path):
     """These take hours; a test of their own runs them on less."""
-    tool = Path(command.split()[1])
-    tests = ROOT / 'tests' / 'test_tools'
-    test = (tests / f'test_{tool.stem}.py').read_text()
-    assert (ROOT / tool).exists()
+    tool = command.split()[1]
+    test = (ROOT / 'tests' / 'test_tools' / f'test_{tool}.py').read_text()
+    assert (ROOT / 'tools' / TOOLS[tool]).is_file()
     call = dict(
         benchmark=r"run\(\s*monkeypatch,\s*'goals'",
         compare=r"compare\.run\(\s*'out'",
-    )[tool.stem]
+    )[tool]
     assert re.search(call, test), f'no test of {tool} runs {command}'
 
 
@@ -249,15 +269,16 @@ RUNNERS = {
     'pip install': run_install,
     'python tools/install_mmcv.py': run_install_mmcv,
     'python -m fasternet_det.datasets.nuclei': run_data,
-    'python tools/train.py': run_train,
-    'python tools/test.py': run_test,
-    'python tools/benchmark': run_elsewhere,
-    'python tools/export.py': run_export,
-    'python tools/predict.py': run_predict,
+    'fasternet-det train': run_train,
+    'fasternet-det export': run_export,
+    'fasternet-det predict': run_predict,
+    'cp -r "$(fasternet-det configs)/': run_copy,
+    'fasternet-det flops': run_flops,
     'python run_onnx.py': run_onnx,
-    'python tools/convert_checkpoint.py': run_convert,
-    'python tools/compare.py': run_elsewhere,
-    'python tools/get_flops.py': run_flops,
+    'fasternet-det test': run_test,
+    'fasternet-det benchmark': run_elsewhere,
+    'fasternet-det compare': run_elsewhere,
+    'fasternet-det convert': run_convert,
 }
 
 
@@ -269,7 +290,7 @@ RUNNERS = {
         for needs_deploy in [
             bool(
                 re.search(
-                    r'\[deploy\]|my_fast_config|export.py|predict|onnx',
+                    r'\[deploy\]|my_fast_config|export|predict|onnx',
                     command,
                 )
             )
@@ -277,7 +298,7 @@ RUNNERS = {
     ],
 )
 def test_command(command, reader, tmp_path):
-    """In the README's order: some read what an earlier one wrote."""
+    """In the order of the pages: some read what an earlier one wrote."""
     runners = [RUNNERS[k] for k in RUNNERS if command.startswith(k)]
     assert len(runners) == 1, f'no test runs {command}'
     runners[0](command, reader, tmp_path)
@@ -286,6 +307,48 @@ def test_command(command, reader, tmp_path):
 def test_all_runners_have_a_command():
     for start in RUNNERS:
         assert any(command.startswith(start) for command in COMMANDS), start
+
+
+@pytest.mark.deploy
+def test_snippet_of_the_fast_form(tamed):
+    (code,) = re.findall(
+        r'```python\n(import torch\n.*? optimize\n.*?)```', GUIDES, re.S
+    )
+    model = tamed(fasternet_det.FasterNet())
+    names = dict(model=model)
+    exec(code, names)
+    images = torch.rand(1, 3, 64, 64)
+    for fast, plain in zip(names['model'](images), model(images)):
+        error = (fast - plain).abs().max() / plain.abs().max()
+        assert 1e-5 < error < 0.05  # of bfloat16
+
+
+def test_snippet_of_options():
+    (code,) = re.findall(r'```python\n(backbone = dict\(.*?)```', GUIDES, re.S)
+    names = {}
+    exec(code, names)
+    backbone = MODELS.build(names['backbone']).train()
+    frozen = {
+        '.'.join(name.split('.')[:2])
+        for name, parameter in backbone.named_parameters()
+        if not parameter.requires_grad
+    }
+    assert frozen == {
+        *('patch_embed.proj', 'patch_embed.norm', 'stages.0'),
+    }
+    assert not any(
+        module.training
+        for module in backbone.modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+    )
+    assert backbone.stages[0].blocks[0].with_cp
+
+
+def test_a_newcomer_finds_every_guide():
+    """In one click, on a page that greets."""
+    assert len(README.splitlines()) < 200
+    for page in (*DOCS, ROOT / 'docs' / 'tutorial.ipynb'):
+        assert f'](docs/{page.name})' in README, page
 
 
 @pytest.mark.parametrize(
@@ -316,8 +379,8 @@ import fasternet_det
     [('two-stage', (0, 2, 4, 6)), ('one-stage', (2, 4, 6))],
 )
 def test_table_of_channels(kind, out_indices):
-    assert f'`out_indices={out_indices}`' in README or kind == 'two-stage'
-    row = re.search(rf'^\| {kind} \|(.*)\|$', README, re.M)[1]
+    assert f'`out_indices={out_indices}`' in GUIDES or kind == 'two-stage'
+    row = re.search(rf'^\| {kind} \|(.*)\|$', GUIDES, re.M)[1]
     for arch, cell in zip(
         fasternet_det.FasterNet.arch_settings, row.split('|'), strict=True
     ):
@@ -346,7 +409,7 @@ def test_one_stage_configs_say_what_the_table_says():
     for path in ROOT.glob('configs/fasternet/r*_coco.py'):
         neck = Config.fromfile(path).model.neck
         assert neck.get('start_level', 0) == 0
-        assert f'| {", ".join(map(str, neck.in_channels))} |' in README
+        assert f'| {", ".join(map(str, neck.in_channels))} |' in GUIDES
 
 
 def slugs(page):

@@ -1,4 +1,4 @@
-"""Whatever a config or a README's snippet trains, it trains rightly.
+"""Whatever a config or a page's snippet trains, it trains rightly.
 
 Of every one: what starts at random is not frozen, norms without pretrained
 statistics gather their own, the neck fits, and each parameter that requires
@@ -30,7 +30,11 @@ CONFIGS = sorted(
 )
 SNIPPETS = {
     f'{page.relative_to(ROOT)} {model}': code
-    for page in (ROOT / 'README.md', *sorted(ROOT.glob('configs/*/*.md')))
+    for page in (
+        ROOT / 'README.md',
+        *sorted(ROOT.glob('docs/*.md')),
+        *sorted(ROOT.glob('configs/*/*.md')),
+    )
     for code in re.findall(r'```python\n(.*?)```', page.read_text(), re.S)
     for model in re.findall(r"_base_ = 'mmdet::.*/(.*)\.py'", code)
 }
