@@ -2,12 +2,13 @@
 
 A layer that oneDNN computes in 8 bits gives a :class:`ByteMap`: bytes on a
 known scale, which the next such layer reads as they are, and all else as
-floats. What has readers of bytes, and which values it spans, is found by
+floats. What has readers of bytes, and which scale suits it, is found by
 running the model on some images.
 
-torchao's PT2E quantiser makes a graph of the same operators, but only of what
+torchao's PT2E quantiser makes graphs of the same operators, but only of what
 ``torch.export`` captures whole, which a detector is not, and fast only as
-torch.compile makes it, for minutes, with a C++ compiler.
+torch.compile makes them, for minutes, by a C++ compiler; its weights of 8 bits
+saturate without VNNI.
 """
 
 import logging
@@ -23,6 +24,7 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
+    Tuple,
 )
 
 import torch
@@ -43,16 +45,21 @@ from .operators import (
 )
 from .precision import predictors
 
-# A layer stays as it is if its 8 bits change more of its output than this
-# share, as roots of the means of squares.
+# A layer stays as it is if 8 bits change more than this share of its output,
+# as roots of the means of squares.
 MOST_NOISE = 0.2
-# Values that are quantised at a time, so that they stay in cache.
+# With fewer channels, an image's, there is little to win.
+LEAST_CHANNELS = 8
+# Values that are converted at a time, so that they stay in cache.
 CHUNK = 2**18
 # The last bit of a float32 of this size is 1: its lowest byte counts.
 COUNTS = 2.0**23
-# With fewer channels, an image's, there is little to win.
-LEAST_CHANNELS = 8
+# Values of each map by which a scale is chosen, and what it may span, as shares
+# of the least and of the greatest.
+SAMPLES = 2**12
+SHARES = torch.linspace(0.3, 1, 15)
 aten, onednn = torch.ops.aten, torch.ops.onednn
+GEOMETRY_1X1 = ([1, 1], [0, 0], [1, 1])
 
 
 class Scale(NamedTuple):
@@ -60,24 +67,51 @@ class Scale(NamedTuple):
 
     step: float
     zero: int
-    sum: Optional['Scale'] = None  # of what another map is added to
+    sum: Optional['Scale'] = None  # when another map is added
 
 
-def to_bytes(x: Tensor, scale: Scale) -> Tensor:
-    """Quantise a map (N, C, H, W), then in channels_last, or a matrix."""
+# ---- bytes
+
+
+def _convert(x: Tensor, dtype: torch.dtype, convert: Callable) -> Tensor:
+    """Convert a map (N, C, H, W), then in channels_last, or a matrix."""
     is_map = x.dim() == 4
     x = (x.permute(0, 2, 3, 1) if is_map else x).contiguous()
-    out = torch.empty(x.shape, dtype=torch.uint8)
+    out = torch.empty(x.shape, dtype=dtype)
     for part, into in zip(x.view(-1).split(CHUNK), out.view(-1).split(CHUNK)):
-        part = part.float() * (1 / scale.step)
-        part.add_(COUNTS + scale.zero).clamp_(COUNTS, COUNTS + 255)
-        into.copy_(part.view(torch.int32))
+        convert(part, into)
     return out.permute(0, 3, 1, 2) if is_map else out
 
 
-def to_floats(x: Tensor, scale: Scale) -> Tensor:
-    """Give the float32 values of bytes."""
-    return torch.mul(x, scale.step).add_(-scale.zero * scale.step)
+def to_bytes(x: Tensor, scale: Scale) -> Tensor:
+    """Round floats to bytes; what is outside gets the least or greatest."""
+
+    def convert(part: Tensor, into: Tensor) -> None:
+        part = part.float() * (1 / scale.step)
+        part.add_(COUNTS + scale.zero).clamp_(COUNTS, COUNTS + 255)
+        into.copy_(part.view(torch.int32))
+
+    return _convert(x, torch.uint8, convert)
+
+
+def to_floats(x: Tensor, scale: Scale, dtype: torch.dtype) -> Tensor:
+    """Give the values of bytes."""
+
+    def convert(part: Tensor, into: Tensor) -> None:
+        into.copy_(part.float().sub_(scale.zero).mul_(scale.step))
+
+    return _convert(x, dtype, convert)
+
+
+@lru_cache(maxsize=None)
+def _identity(channels: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """Weight, its steps and zeros of a convolution that changes nothing."""
+    weight = torch.full((channels, 1, 1, 1), 64, dtype=torch.int8)
+    steps = torch.full((channels,), 1 / 64)
+    packed = onednn.qconv_prepack(
+        weight, steps, 1.0, 1, *GEOMETRY_1X1, channels
+    )
+    return packed, steps, torch.zeros(channels, dtype=torch.int32)
 
 
 # ---- maps that some operators know, and all others read as floats
@@ -89,15 +123,14 @@ class _Map(Tensor):
     Args:
         held (Tensor): The form.
         dtype (torch.dtype): Of the floats that other operators read.
-        key (Range | Scale | None): What is known of it; None if nothing, and
-            ``held`` is the floats.
-        is_rectified (bool): Whether it is what a ReLU gives. Defaults to
-            False.
+        key (Range | Scale | None): What is known of it; None if nothing is,
+            and ``held`` are the floats.
+        is_rectified (bool): Whether a ReLU gave it. Defaults to False.
     """
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls, held: Tensor, dtype: torch.dtype, *_: Any
+        cls: type, held: Tensor, dtype: torch.dtype, *_: Any
     ) -> '_Map':
         return Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), dtype=dtype
@@ -114,10 +147,6 @@ class _Map(Tensor):
         self.key = key
         self.is_rectified = is_rectified
 
-    def floats(self) -> Tensor:
-        """The map as a plain tensor."""
-        raise NotImplementedError
-
     @classmethod
     def __torch_dispatch__(  # noqa: D105
         cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None
@@ -126,13 +155,13 @@ class _Map(Tensor):
         out, name = None, KNOWN.get(func.overloadpacket)
         if name and x is not None and x.key is not None and not kwargs:
             out = getattr(x, name)(func, *args[1:])
-        in_place = x is not None and func._schema.is_mutable
+        is_in_place = x is not None and func._schema.is_mutable
         if out is None:
-            floats = tree_map_only(cls, cls.floats, (args, kwargs or {}))
-            out = func(*floats[0], **floats[1])
-            if in_place:
+            args, kwargs = as_floats((args, kwargs or {}))
+            out = func(*args, **kwargs)
+            if is_in_place:
                 out = cls(out, x.dtype, None)
-        if in_place:
+        if is_in_place:
             x.__dict__.update(out.__dict__)
             return x
         return out
@@ -147,13 +176,60 @@ KNOWN = {
 }
 
 
+def as_floats(value: Any) -> Any:
+    """Give the floats of all maps, also in nested lists and tuples."""
+    return tree_map_only(_Map, lambda x: x.floats(), value)
+
+
+class ByteMap(_Map):
+    """A map of bytes on a :class:`Scale`."""
+
+    def floats(self) -> Tensor:
+        """The map as a plain tensor, kept for other readers."""
+        if self.key is None:
+            return self.held
+        if not hasattr(self, 'kept'):
+            self.kept = to_floats(self.held, self.key, self.dtype)
+        return self.kept
+
+    def rectified(self, func: Callable) -> 'ByteMap':  # noqa: D102
+        held, zero = self.held, self.key.zero
+        return ByteMap(
+            held.clamp(min=zero) if zero else held, self.dtype, self.key
+        )
+
+    def added(self, func: Callable, other: Any) -> Optional['ByteMap']:
+        """By a convolution that adds: torch's own sum of bytes is slow."""
+        to = self.key.sum
+        if not (to and isinstance(other, ByteMap) and other.key):
+            return None
+        if other.shape != self.shape or self.dim() != 4:
+            return None
+        into = other.held.clone()
+        onednn.qconv2d_pointwise.binary(
+            *(self.held, *self.key[:2], *_identity(self.shape[1]), into, None),
+            *(*GEOMETRY_1X1, self.shape[1], *to[:2], torch.uint8),
+            *(*other.key[:2], 'sum', 1.0, 'none', [], ''),
+        )
+        return ByteMap(into, self.dtype, to)
+
+    def enlarged(self, func: Callable, *args: Any) -> 'ByteMap':  # noqa: D102
+        return ByteMap(func(self.held, *args), self.dtype, self.key)
+
+
 class Range:
-    """What the values of maps span, and who reads these."""
+    """What the values of maps span, and who reads these.
+
+    Args:
+        is_signed (bool): Whether more than ReLUs read it. Defaults to False,
+            until something does.
+    """
 
     def __init__(self, is_signed: bool = False) -> None:
+        self.is_signed = is_signed
         self.low = self.high = 0.0
-        self.is_seen = False
-        self.is_signed = is_signed  # more than ReLUs read it
+        self.samples: List[Tensor] = []
+        self.generator = torch.Generator().manual_seed(0)
         self.readers: set = set()
         self.sum: Optional[Range] = None
 
@@ -168,16 +244,32 @@ class Range:
                 'images such as the model is tested with'
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.is_seen = True
+        values = x.permute(0, 2, 3, 1) if x.dim() == 4 else x  # as they lie
+        index = torch.randint(x.numel(), (SAMPLES,), generator=self.generator)
+        self.samples.append(values.flatten()[index].float())
 
     def in_bytes(self) -> bool:
         """Whether one of the readers reads bytes."""
         return any(reader.in_bytes() for reader in self.readers if reader)
 
     def scale(self) -> Scale:
-        """The scale on which bytes span it."""
-        low = self.low if self.is_signed else 0.0
-        step = (self.high - low) / 255 or 1.0
+        """The scale that changes its values least, in squares."""
+        values = torch.cat(self.samples)
+        lows = SHARES * (self.low if self.is_signed else 0.0)
+        highs = SHARES * self.high
+        values = values.clamp(min=lows[-1].item())
+        steps = (highs[:, None] - lows) / 255
+        # What is cut off, and what is rounded; zeros are exact.
+        lost = steps.square() / 12 * values.count_nonzero()
+        lost += torch.stack([(values - b).relu().norm() for b in highs])[
+            :, None
+        ].square()
+        lost += torch.stack(
+            [(b - values).relu().norm() for b in lows]
+        ).square()
+        best = lost.argmin().item()
+        step = steps.flatten()[best].item() or 1.0
+        low = lows[best % len(lows)].item()
         has_sum = self.sum is not None and self.sum.in_bytes()
         total = self.sum.scale() if has_sum else None
         return Scale(step, round(-low / step), total)
@@ -187,19 +279,21 @@ class Observed(_Map):
     """A map of floats of a :class:`Range`, whose readers it notes."""
 
     def read(self, reader: Any) -> Tensor:
-        """The map as a plain tensor, for a reader that may read bytes."""
+        """The map as a plain tensor, for what reads bytes, or None."""
         if self.key is not None:
             self.key.readers.add(reader)
             self.key.is_signed |= not self.is_rectified
         return self.held
 
-    def floats(self) -> Tensor:  # noqa: D102
+    def floats(self) -> Tensor:
+        """The map as a plain tensor."""
         return self.read(None)
 
     def rectified(self, func: Callable) -> 'Observed':  # noqa: D102
         return Observed(func(self.held), self.dtype, self.key, True)
 
-    def added(self, func: Callable, other: Any) -> 'Observed':  # noqa: D102
+    def added(self, func: Callable, other: Any) -> Optional['Observed']:
+        """Into a range of its own."""
         if not isinstance(other, Observed) or other.shape != self.shape:
             return None
         self.key.sum = key = self.key.sum or Range()
@@ -212,56 +306,24 @@ class Observed(_Map):
         return Observed(out, self.dtype, self.key, self.is_rectified)
 
 
-class ByteMap(_Map):
-    """A map of bytes on a :class:`Scale`."""
-
-    def floats(self) -> Tensor:  # noqa: D102
-        if self.key is None:
-            return self.held
-        return to_floats(self.held, self.key).to(self.dtype)
-
-    def rectified(self, func: Callable) -> 'ByteMap':  # noqa: D102
-        held = self.held.clamp(min=self.key.zero) if self.key.zero else self.held
-        return ByteMap(held, self.dtype, self.key)
-
-    def added(self, func: Callable, other: Any) -> 'ByteMap':  # noqa: D102
-        to = self.key.sum
-        if (
-            to is None
-            or not isinstance(other, ByteMap)
-            or other.key is None
-            or other.shape != self.shape
-        ):
-            return None
-        held = onednn.qadd.tensor(
-            *(self.held, *self.key[:2]),
-            *(other.held, *other.key[:2]),
-            *(*to[:2], torch.uint8),
-        )
-        return ByteMap(held, self.dtype, to)
-
-    def enlarged(self, func: Callable, *args: Any) -> 'ByteMap':  # noqa: D102
-        return ByteMap(func(self.held, *args), self.dtype, self.key)
-
-
 # ---- layers
 
 
 @lru_cache(maxsize=None)
 def most_weight() -> int:
-    """The largest weight with which this CPU's products do not saturate.
+    """The greatest weight with which this CPU's sums do not saturate.
 
-    Before VNNI, the products of a byte and a weight are added in 16 bits, two
-    at a time. oneDNN's guide to int8 inference, on "7-bit" weights.
+    Without VNNI, products of a byte and a weight are added in pairs, in 16
+    bits. oneDNN, "Nuances of int8 Computations".
     """
     x = torch.full((1, 64, 8, 8), 255, dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.full((64, 64, 3, 3), 127, dtype=torch.int8)
-    ones, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int32)
+    steps, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int32)
     geometry = ([1, 1], [1, 1], [1, 1], 1)
-    packed = onednn.qconv_prepack(weight, ones, 1.0, 0, *geometry)
+    packed = onednn.qconv_prepack(weight, steps, 1.0, 0, *geometry)
     out = onednn.qconv2d_pointwise(
-        *(x, 1.0, 0, packed, ones, zeros, None, *geometry),
+        *(x, 1.0, 0, packed, steps, zeros, None, *geometry),
         *(1.0, 0, torch.float32, 'none', [], ''),
     )
     return 127 if out.max() == 255 * 127 * 64 * 9 else 63
@@ -326,26 +388,24 @@ class Int8Layer(Packed):
             self.weight, self.steps, *self.read[:2], *self.geometry
         )
 
-    def _bytes(self, x: Tensor, scale: Scale) -> tuple:
-        if isinstance(x, ByteMap):
-            if x.key is not None:
-                return x.held, *x.key[:2]
-            x = x.held
+    def _bytes(self, x: Tensor, scale: Scale) -> Tuple[Tensor, float, int]:
+        """Bytes, their step and zero."""
+        if isinstance(x, ByteMap) and x.key is not None:
+            return x.held, *x.key[:2]
         if x.dtype != torch.uint8:
-            x = to_bytes(x, scale)
+            x = to_bytes(as_floats(x), scale)
         return x, *scale[:2]
 
-    def _weights(self, x: Tensor) -> tuple:
+    def _weights(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         return self.packed(x), self.steps, self.zeros
 
     def _like(self, x: Tensor, out: Tensor) -> Tensor:
-        """Bytes if ``x`` is; else a map."""
         if x.dtype == torch.uint8 or self.given is None:
             return out
         return ByteMap(out, self.dtype, self.given)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C_in, H, W) to (N, C_out, H', W'), or (N, C) alike."""
+        """Map (N, C_in, H, W) to (N, C_out, H', W'), or (N, C_in) alike."""
         data, *scale = self._bytes(x, self.read)
         to = (1.0, 0, self.dtype)
         if self.given is not None:
@@ -385,7 +445,7 @@ class Int8Layer(Packed):
 
 
 class Int8Block(InPlaceBlock):
-    """A block whose convolutions read and give plain bytes.
+    """A block whose layers read and give plain bytes.
 
     What the partial convolution gives joins the block's map on a scale of its
     own; the weights of the next one make up for that.
@@ -414,16 +474,19 @@ class Int8Block(InPlaceBlock):
         self.expand = Int8Layer(expand, read, hidden, factor=factor)
         self.reduce = Int8Layer(reduce, hidden, given, read)
         shift = self.expand.weight[:, :dim_conv3].flatten(1).sum(1)
-        shift = shift * self.expand.steps * (read.zero - mixed.zero) * read.step
+        shift = shift * self.expand.steps
+        shift *= read.step * (read.zero - mixed.zero)
         if expand.bias is not None:
             shift += expand.bias
         self.expand.bias = nn.Parameter(shift, False)
 
     def forward(self, x: Tensor) -> ByteMap:
         """Map (N, C, H, W) to such a map, in the same memory."""
-        if not isinstance(x, ByteMap) or x.key != self.read:
-            x = ByteMap(to_bytes(as_floats(x), self.read), x.dtype, self.read)
-        return ByteMap(super().forward(x.held), self.dtype, self.given)
+        if isinstance(x, ByteMap) and x.key == self.read:
+            x = x.held
+        else:
+            x = to_bytes(as_floats(x), self.read)
+        return ByteMap(super().forward(x), self.dtype, self.given)
 
 
 # ---- trials
@@ -445,12 +508,9 @@ class Trial(nn.Module):
 
     def form(self) -> nn.Module:
         """Make its form of 8 bits."""
-        return Int8Layer(
-            self.layer,
-            self.read.scale(),
-            self.given.scale(),
-            self.added.scale() if self.added.is_seen else None,
-        )
+        added = self.added.scale() if self.added.samples else None
+        scales = (self.read.scale(), self.given.scale(), added)
+        return Int8Layer(self.layer, *scales)
 
     def in_bytes(self) -> bool:
         """Whether it is computed in 8 bits."""
@@ -478,8 +538,7 @@ class Trial(nn.Module):
             self.given.observe(out)
         else:
             expected = out if self.given.is_signed else out.clamp(min=0)
-            change = found.floats() - expected
-            self.noise += change.square().sum().item()
+            self.noise += (found - expected).square().sum().item()
             self.signal += expected.square().sum().item()
         return Observed(out, out.dtype, self.given)
 
@@ -497,39 +556,30 @@ class BlockTrial(Trial):
     """A block on trial.
 
     Args:
-        block (InPlaceBlock): The block. Its layers are replaced.
+        block (InPlaceBlock): The block; some of its layers are replaced.
     """
-
-    names = ('partial_conv3', 'expand', 'reduce')
 
     def __init__(self, block: InPlaceBlock) -> None:
         super().__init__(block)
         self.sources = set()  # ranges of what it reads
-        for name in self.names[:2]:
-            trial = Trial(getattr(block, name))
-            trial.out_channels = trial.layer.out_channels
-            setattr(block, name, trial)
-
-    def _layers(self) -> List[FusedConv2d]:
-        first, second = self.layer.partial_conv3, self.layer.expand
-        return [first.layer, second.layer, self.layer.reduce]
+        self.layers = (block.partial_conv3, block.expand, block.reduce)
+        block.partial_conv3, block.expand = map(Trial, self.layers[:2])
+        block.expand.out_channels = self.layers[1].out_channels
 
     def form(self) -> Int8Block:  # noqa: D102
         (source,) = self.sources if len(self.sources) == 1 else (None,)
+        block = self.layer
         ranges = (
-            source or self.read,
-            self.layer.partial_conv3.given,
-            self.layer.expand.given,
-            self.given,
+            *(source or self.read, block.partial_conv3.given),
+            *(block.expand.given, self.given),
         )
         scales = [range.scale() for range in ranges]
-        return Int8Block(self.layer.dim_conv3, self._layers(), scales)
+        return Int8Block(block.dim_conv3, self.layers, scales)
 
     def result(self) -> nn.Module:  # noqa: D102
         if self.in_bytes():
             return self.form()
-        for name, layer in zip(self.names, self._layers()):
-            setattr(self.layer, name, layer)
+        self.layer.partial_conv3, self.layer.expand = self.layers[:2]
         return self.layer
 
     def forward(self, x: Tensor) -> Observed:  # noqa: D102
@@ -565,13 +615,8 @@ RESULTS: Dict[type, Builder] = {
 # ---- models
 
 
-def as_floats(value: Any) -> Any:
-    """Give the floats of all maps, also in nested lists and tuples."""
-    return tree_map_only(_Map, lambda x: x.floats(), value)
-
-
 def _floats_before(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-    return as_floats(args), as_floats(kwargs)
+    return as_floats((args, kwargs))
 
 
 def _floats_after(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -579,7 +624,7 @@ def _floats_after(module: nn.Module, args: tuple, output: Any) -> Any:
 
 
 def check(model: nn.Module, calibration: Iterable) -> List[Any]:
-    """Make a list of calibration batches, if all can be read.
+    """Make a list of calibration batches, if the model can take them.
 
     Args:
         model (nn.Module): A detector, or another module.
@@ -591,81 +636,78 @@ def check(model: nn.Module, calibration: Iterable) -> List[Any]:
     Raises:
         ValueError: If there are none, or they are not for the model.
     """
-    is_detector = isinstance(model, BaseDetector)
     batches = list(calibration)
-    if not batches or not all(
-        isinstance(batch, Mapping) and 'inputs' in batch
-        if is_detector
-        else isinstance(batch, Tensor) and batch.dim() == 4
-        for batch in batches
-    ):
-        kinds = sorted({type(batch).__name__ for batch in batches})
+    expected = 'tensors (N, C, H, W)'
+    fit = [isinstance(b, Tensor) and b.dim() == 4 for b in batches]
+    if isinstance(model, BaseDetector):
         expected = (
-            "dicts of 'inputs' and 'data_samples', as a dataloader gives them "
-            'and test_step takes them'
-            if is_detector
-            else 'tensors (N, C, H, W)'
+            "dicts of 'inputs' and 'data_samples', as a dataloader gives and "
+            'test_step takes them'
         )
+        fit = [isinstance(b, Mapping) and 'inputs' in b for b in batches]
+    if not (batches and all(fit)):
+        kinds = {type(batch).__name__ for batch in batches}
         raise ValueError(
-            f'calibration has {len(batches)} batches'
-            f'{" of " * bool(kinds)}{", ".join(kinds)}: a '
-            f'{type(model).__name__} needs some tens of images, in {expected}'
+            f'calibration gives {len(batches)} batches, of '
+            f'{", ".join(sorted(kinds)) or "nothing"}: a '
+            f'{type(model).__name__} wants some tens of images, in {expected}'
         )
     return batches
 
 
 def quantize(model: nn.Module, last: nn.Module, batches: List[Any]) -> None:
-    """Replace the layers inside a fast form by those of 8 bits.
+    """Replace the layers in a fast form by those of 8 bits.
 
-    Predictors stay as they are, so does what reads the image, and what loses
-    too much; a line of mmengine's log names that.
+    Predictors stay as they are, so do layers that read the image, and those
+    that would lose too much: a line of mmengine's log names these.
 
     Args:
         model (nn.Module): The fast form, in float32 or bfloat16.
-        last (nn.Module): The last part, of which others read the output.
-        batches (list): What the model takes.
+        last (nn.Module): Its last part, of which others read the output.
+        batches (list): What it is run on.
 
     Raises:
-        ValueError: If nothing in the model can be computed in 8 bits.
+        ValueError: If nothing in it can be computed in 8 bits.
     """
-    known = {}
+    known: Dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if stays(module):
             module.register_forward_pre_hook(_floats_before, with_kwargs=True)
-        for name, child in module.named_children():
-            if name in (predictors(module) or ()):
-                known[child] = child
+        names = predictors(module) or ()
+        known |= {c: c for n, c in module.named_children() if n in names}
     last.register_forward_hook(_floats_after)
     for name, child in model.named_children():
         setattr(model, name, fuse(child, known, TRIALS))
-    trials = [t for t in known.values() if isinstance(t, Trial)]
-    names = {module: name for name, module in model.named_modules()}
+    trials = {
+        name: module
+        for name, module in model.named_modules()
+        if module in known.values() and isinstance(module, Trial)
+    }
     run = model.test_step if isinstance(model, BaseDetector) else model
     for batch in batches:
         run(batch)
-    for trial in trials:
-        trial.int8 = trial.form() if trial.read.is_seen else None
+    for trial in trials.values():
+        trial.int8 = trial.form() if trial.read.samples else None
     for batch in batches:
         run(batch)
     kept = []
-    for trial in trials:
+    for name, trial in trials.items():
         noise = (trial.noise / (trial.signal or 1)) ** 0.5
         if trial.int8 is None or noise > MOST_NOISE:
             why = f'{noise:.0%}' if trial.int8 else 'not reached'
-            kept.append(f'{names[trial]} ({why})')
+            kept.append(f'{name} ({why})')
             trial.int8 = None
-    if len(kept) == len(trials):
-        raise ValueError(
-            f'nothing in {type(model).__name__} can be computed in torch.int8:'
-            f' {len(trials)} layers were tried; use torch.float32'
-        )
     for name, child in model.named_children():
         setattr(model, name, fuse(child, {}, RESULTS))
+    done = f'{len(trials) - len(kept)} of {len(trials)} layers'
+    if len(kept) == len(trials):
+        raise ValueError(
+            f'torch.int8 suits {done} of this {type(model).__name__}: use '
+            'torch.float32'
+        )
+    lost = f'; not those that would lose more: {", ".join(kept)}' * bool(kept)
     print_log(
-        f'optimize: {len(trials) - len(kept)} of {len(trials)} layers in 8 '
-        f'bits, by {len(batches)} batches'
-        + f'; these are not, by what they would lose: {", ".join(kept)}'
-        * bool(kept),
+        f'optimize: {done} in 8 bits, by {len(batches)} batches{lost}',
         logger='current',
         level=logging.INFO,
     )
