@@ -159,7 +159,7 @@ def _piped(dataset: ConfigDict, pipeline: List[dict]) -> dict:
 
 
 def calibration_batches(config: Config, count: int) -> Iterator[dict]:
-    """Images of a config's training split, prepared as its tests do.
+    """Images of a config's training split, prepared as for validation.
 
     Args:
         config (Config): The detector's config.
@@ -169,7 +169,9 @@ def calibration_batches(config: Config, count: int) -> Iterator[dict]:
         dict: Of one image, what a dataloader gives and a detector's
         ``test_step`` takes.
     """
-    pipeline = config.test_dataloader.dataset.pipeline
+    # that of tests may give each image several times
+    loader = config.get('val_dataloader') or config.test_dataloader
+    pipeline = loader.dataset.pipeline
     dataset = DATASETS.build(_piped(config.train_dataloader.dataset, pipeline))
     for i in np.linspace(0, len(dataset) - 1, count).round().astype(int):
         yield pseudo_collate([dataset[int(i)]])

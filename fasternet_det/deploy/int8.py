@@ -54,8 +54,8 @@ LEAST_CHANNELS = 8
 CHUNK = 2**18
 # The last bit of a float32 of this size is 1: its lowest byte counts.
 COUNTS = 2.0**23
-# Values of each map by which a scale is chosen, and what it may span, as shares
-# of the least and of the greatest.
+# Values of each map by which a scale is chosen, and how much of the least and
+# of the greatest it may span.
 SAMPLES = 2**12
 SHARES = torch.linspace(0.3, 1, 15)
 aten, onednn = torch.ops.aten, torch.ops.onednn
@@ -259,14 +259,16 @@ class Range:
         highs = SHARES * self.high
         values = values.clamp(min=lows[-1].item())
         steps = (highs[:, None] - lows) / 255
-        # What is cut off, and what is rounded; zeros are exact.
+        # By rounding, but for zeros, and by what is cut off.
         lost = steps.square() / 12 * values.count_nonzero()
-        lost += torch.stack([(values - b).relu().norm() for b in highs])[
-            :, None
-        ].square()
-        lost += torch.stack(
-            [(b - values).relu().norm() for b in lows]
-        ).square()
+        for cut, bounds in (
+            (lambda high: values - high, highs[:, None]),
+            (lambda low: low - values, lows[None]),
+        ):
+            squares = [
+                cut(b).relu_().square_().sum() for b in bounds.flatten()
+            ]
+            lost += torch.stack(squares).view_as(bounds)
         best = lost.argmin().item()
         step = steps.flatten()[best].item() or 1.0
         low = lows[best % len(lows)].item()

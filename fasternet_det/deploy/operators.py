@@ -64,7 +64,7 @@ def kernel_dtypes() -> FrozenSet[torch.dtype]:
     dtypes = {torch.float32}
     if kernels._is_mkldnn_bf16_supported():
         dtypes.add(torch.bfloat16)
-    names = ('qconv2d_pointwise', 'qlinear_pointwise', 'qadd')
+    names = ('qconv2d_pointwise', 'qlinear_pointwise')
     if all(hasattr(torch.ops.onednn, name) for name in names):
         dtypes.add(torch.int8)
     return frozenset(dtypes)
