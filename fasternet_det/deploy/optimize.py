@@ -33,7 +33,7 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
         )
     device = next(model.parameters()).device.type
     dtypes = [torch.float32, torch.bfloat16]
-    dtypes.append(torch.float16 if device == 'cuda' else torch.int8)
+    dtypes += dict(cuda=[torch.float16], cpu=[torch.int8]).get(device, [])
     if dtype not in dtypes:
         raise ValueError(
             f'cannot compute in {dtype} on {device}, expected one of '
