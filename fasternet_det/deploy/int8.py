@@ -205,13 +205,15 @@ class ByteMap(_Map):
             return None
         if other.shape != self.shape or self.dim() != 4:
             return None
-        into = other.held.clone()
-        onednn.qconv2d_pointwise.binary(
-            *(self.held, *self.key[:2], *_identity(self.shape[1]), into, None),
-            *(*GEOMETRY_1X1, self.shape[1], *to[:2], torch.uint8),
-            *(*other.key[:2], 'sum', 1.0, 'none', [], ''),
+        channels = self.shape[1]
+        into = other.held.clone(memory_format=torch.channels_last)
+        held = onednn.qconv2d_pointwise.binary(
+            *(self.held, *self.key[:2], *_identity(channels)),
+            *(into, None, *GEOMETRY_1X1, channels),
+            *(*to[:2], torch.uint8, *other.key[:2]),
+            *('sum', 1.0, 'none', [], ''),
         )
-        return ByteMap(into, self.dtype, to)
+        return ByteMap(held, self.dtype, to)
 
     def enlarged(self, func: Callable, *args: Any) -> 'ByteMap':  # noqa: D102
         return ByteMap(func(self.held, *args), self.dtype, self.key)
@@ -249,8 +251,9 @@ class Range:
         self.samples.append(values.flatten()[index].float())
 
     def in_bytes(self) -> bool:
-        """Whether one of the readers reads bytes."""
-        return any(reader.in_bytes() for reader in self.readers if reader)
+        """Whether it was seen, and one of the readers reads bytes."""
+        readers = self.readers if self.samples else ()
+        return any(reader.in_bytes() for reader in readers if reader)
 
     def scale(self) -> Scale:
         """The scale that changes its values least, in squares."""
@@ -261,20 +264,15 @@ class Range:
         steps = (highs[:, None] - lows) / 255
         # By rounding, but for zeros, and by what is cut off.
         lost = steps.square() / 12 * values.count_nonzero()
-        for cut, bounds in (
-            (lambda high: values - high, highs[:, None]),
-            (lambda low: low - values, lows[None]),
-        ):
-            squares = [
-                cut(b).relu_().square_().sum() for b in bounds.flatten()
-            ]
-            lost += torch.stack(squares).view_as(bounds)
+        lost += (values - highs[:, None]).relu_().square_().sum(1)[:, None]
+        lost += (lows[:, None] - values).relu_().square_().sum(1)
         best = lost.argmin().item()
         step = steps.flatten()[best].item() or 1.0
         low = lows[best % len(lows)].item()
         has_sum = self.sum is not None and self.sum.in_bytes()
-        total = self.sum.scale() if has_sum else None
-        return Scale(step, round(-low / step), total)
+        return Scale(
+            step, round(-low / step), self.sum.scale() if has_sum else None
+        )
 
 
 class Observed(_Map):
@@ -431,12 +429,12 @@ class Int8Layer(Packed):
     def _add(self, x: Tensor, y: Tensor, attribute: str) -> Tensor:
         data, *scale = self._bytes(x, self.read)
         into, *added = self._bytes(y, self.added)
-        onednn.qconv2d_pointwise.binary(
+        out = onednn.qconv2d_pointwise.binary(
             *(data, *scale, *self._weights(data), into, self.bias),
             *(*self.geometry, *self.given[:2], torch.uint8, *added),
             *('sum', 1.0, attribute, [], ''),
         )
-        return self._like(y, into)
+        return self._like(y, out)
 
     def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
         """ReLU of ``y``, which it overwrites, plus what ``x`` makes."""
