@@ -33,7 +33,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .fuse import Builder, fuse, stays
+from .fuse import Builder, fuse
 from .operators import (
     FusedConv2d,
     FusedLinear,
@@ -616,10 +616,6 @@ RESULTS: Dict[type, Builder] = {
 # ---- models
 
 
-def _floats_before(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-    return as_floats((args, kwargs))
-
-
 def _floats_after(module: nn.Module, args: tuple, output: Any) -> Any:
     return as_floats(output)
 
@@ -672,8 +668,6 @@ def quantize(model: nn.Module, last: nn.Module, batches: List[Any]) -> None:
     """
     known: Dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if stays(module):
-            module.register_forward_pre_hook(_floats_before, with_kwargs=True)
         names = predictors(module) or ()
         known |= {c: c for n, c in module.named_children() if n in names}
     last.register_forward_hook(_floats_after)

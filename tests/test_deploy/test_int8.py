@@ -156,6 +156,27 @@ def test_sums_of_linear_layers(is_flat):
     assert error(fast(x), model(x)) < 0.01
 
 
+class SometimesEmpty(nn.Module):
+    """As heads are of regions, where none is found."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        none = x[:0]
+        self.three(self.one(none) + self.two(none))
+        return self.three(self.one(x)) + self.three(self.two(x))
+
+
+@torch.no_grad()
+def test_sums_of_nothing():
+    torch.manual_seed(0)
+    model = SometimesEmpty()
+    x = random(2, 3, 5, 8)
+    assert error(quantized(model, x)(x), model(x)) < 0.01
+
+
 @torch.no_grad()
 def test_bytes():
     scale = Scale(0.5, 10)
@@ -241,6 +262,28 @@ def test_sums():
     for y in (small, x):
         assert error(fast(y), model(y)) < 0.02
     assert fast.types == [ByteMap] * 3
+
+
+class OfFirst(nn.Module):
+    """Adds what it makes of the first image to all."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = (nn.Conv2d(8, 8, 1) for _ in range(3))
+
+    def forward(self, x):
+        return self.out(self.one(x) + self.two(x[:1]))
+
+
+@torch.no_grad()
+def test_sums_that_broadcast():
+    """Calibrated on single images, the sum has a scale."""
+    torch.manual_seed(0)
+    model = OfFirst().eval()
+    x = random(3, 8, 12, 10)
+    fast = quantized(model, *x.split(1))
+    assert fast.one(x).key.sum is not None
+    assert error(fast(x), model(x)) < 0.01
 
 
 class Others(nn.Module):
@@ -353,6 +396,7 @@ def test_layers_that_lose_much_stay(log):
     kinds = [type(layer) for layer in fast]
     assert kinds == [Int8Layer, FusedConv2d, Int8Layer]
     assert fast[0].given is None  # nothing reads bytes
+    assert fast[0].steps.min() > 0
     (line,) = [line for line in log() if line.startswith('optimize')]
     assert '2 of 3 layers in 8 bits, by 1 batches; not' in line
     assert re.search(r'lose more: 1 \(\d\d%\)$', line)
@@ -495,16 +539,19 @@ def test_heads(name, randomise):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('size', [1, 6])
-def test_ops_of_mmcv_read_floats(size):
+@pytest.mark.parametrize('channels', [1, 8])
+def test_ops_of_mmcv_read_floats(channels):
     """They read memory, which maps of bytes have none of.
 
-    Of one pixel, a map lies as (N, C, H, W) does, and is not copied for them.
+    Of one channel, a map lies as (N, C, H, W) does, and is not copied for
+    them.
     """
     torch.manual_seed(0)
-    deformable = ModulatedDeformConv2dPack(8, 8, 3, padding=1)
-    model = nn.Sequential(nn.Conv2d(8, 8, 1), deformable, nn.Conv2d(8, 8, 1))
-    x = random(2, 8, size, size)
+    deformable = ModulatedDeformConv2dPack(channels, 8, 3, padding=1)
+    model = nn.Sequential(
+        nn.Conv2d(8, channels, 1), deformable, nn.Conv2d(8, 8, 1)
+    )
+    x = random(2, 8, 6, 7)
     fast = quantized(model, x)
     assert type(fast[1]) is ModulatedDeformConv2dPack
     assert type(fast[0]) is type(fast[2]) is Int8Layer
