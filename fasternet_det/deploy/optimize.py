@@ -8,6 +8,7 @@ from mmdet.models import BaseDetector
 from mmdet.models.necks import FPN
 from torch import Tensor
 
+from . import int8
 from .fold import fold
 from .fuse import fuse
 from .operators import FusedConv2d, kernel_dtypes
@@ -134,8 +135,7 @@ def optimize(
             detectors, or cannot be computed in ``dtype``.
     """
     check_torch('optimize')
-    from . import int8  # cannot be imported on an older one, nor can this:
-    from .decode import decode_heads
+    from .decode import decode_heads  # cannot be imported on an older one
 
     _check(model, dtype)
     batches = None

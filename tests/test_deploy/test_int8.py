@@ -284,6 +284,8 @@ def test_sums_that_broadcast():
     fast = quantized(model, *x.split(1))
     assert fast.one(x).key.sum is not None
     assert error(fast(x), model(x)) < 0.01
+    fast = quantized(model, x)
+    assert type(fast.one(x)) is torch.Tensor  # nothing reads bytes
 
 
 class Others(nn.Module):
