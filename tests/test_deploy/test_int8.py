@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -497,6 +498,16 @@ def test_detector(retinanet):
     for i in range(2):  # one by one
         (alone,) = detect(fast, x[i : i + 1])
         torch.testing.assert_close(alone.bboxes, found[i].bboxes)
+    sizes = [(128, 96), (64, 96), (96, 128), (70, 64)] * 2
+    requests = [x[:, :, :h, :w] for h, w in sizes]  # threads share the form
+    with ThreadPoolExecutor(4) as pool:
+        for a, b in zip(
+            pool.map(lambda request: detect(fast, request), requests),
+            [detect(fast, request) for request in requests],
+            strict=True,
+        ):
+            for some, others in zip(a, b, strict=True):
+                torch.testing.assert_close(some.bboxes, others.bboxes)
     head.test_cfg.score_thr = 1.0
     for size in ((64, 64), (70, 101)):
         assert [len(f) for f in detect(fast, torch.zeros(2, 3, *size))] == [
