@@ -71,7 +71,7 @@ def bfloat16(monkeypatch):
     if not IS_OLD:
         # The package's attribute of that name is the function.
         optimize = sys.modules['fasternet_det.deploy.optimize']
-        dtypes = {torch.float32, torch.bfloat16}
+        dtypes = {torch.float32, torch.bfloat16, torch.int8}
         monkeypatch.setattr(optimize, 'kernel_dtypes', lambda: dtypes)
 
 

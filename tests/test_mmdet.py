@@ -56,23 +56,20 @@ def test_test_scores_as_train_did(trained, history, project, config):
         assert tested[key] == history[-1][key]
 
 
-in_each_dtype = pytest.mark.parametrize(
-    'dtype, tolerance',
-    [
-        ('float32', 0.001),
-        pytest.param(
-            *('bfloat16', 0.03),
-            marks=pytest.mark.skipif(
-                '_bf16' not in Path('/proc/cpuinfo').read_text(),
-                reason='this CPU does not compute in bfloat16',
-            ),
+DTYPES = [
+    ('float32', 0.001),
+    pytest.param(
+        *('bfloat16', 0.03),
+        marks=pytest.mark.skipif(
+            '_bf16' not in Path('/proc/cpuinfo').read_text(),
+            reason='this CPU does not compute in bfloat16',
         ),
-    ],
-)
+    ),
+]
 
 
 @pytest.mark.deploy
-@in_each_dtype
+@pytest.mark.parametrize('dtype, tolerance', DTYPES)
 def test_test_of_the_fast_form(
     dtype, tolerance, trained, history, project, config
 ):
@@ -125,7 +122,7 @@ def augmented(trained, project, config):
 
 
 @pytest.mark.deploy
-@in_each_dtype
+@pytest.mark.parametrize('dtype, tolerance', [*DTYPES, ('int8', 0.03)])
 def test_augmented_test_of_the_fast_form(
     dtype, tolerance, augmented, history, trained, project
 ):

@@ -5,8 +5,9 @@ fold           norms into convolutions, exactly; what is unknown stays
 fuse           each module -> what computes it in fewer steps (operators.py,
                3x3 convolutions by winograd.py)
 precision      the dtype and memory format in which each part computes
+int8           layers -> what computes in 8 bits, on scales found by trial
 decode         maps -> detections, in tensors
-optimize       the four in a row: the fast form; in a test loop, hook.py
+optimize       these in a row: the fast form; in a test loop, hook.py
 export         folded and decoded -> ONNX, OpenVINO, INT8; scored by evaluate
 =============  ==============================================================
 """

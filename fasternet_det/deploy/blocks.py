@@ -74,8 +74,10 @@ class FastGhostModule(nn.Module):
             x (Tensor): Of shape (N, C', H, W).
 
         Returns:
-            Tensor: ``out``, changed.
+            Tensor: The sum, mostly in the memory of ``out``.
         """
+        if type(self.cheap) is not FusedConv2d:  # it is of 8 bits
+            return out + self(x)
         half = self.primary(x)
         first, second = out.chunk(2, dim=1)
         first.add_(half)

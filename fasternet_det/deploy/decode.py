@@ -38,7 +38,7 @@ from mmdet.utils import InstanceList
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .operators import FusedConv2d
+from .operators import FusedConv2d, FusedUpsample
 from .versions import check_torch
 
 # Before 2.4, the operators below fail and do not say why.
@@ -592,7 +592,8 @@ def _listed(module: nn.Module) -> List[nn.Module]:
 def _predicts_by_class(head: nn.Module) -> bool:
     """Whether ``fuse`` knows all of a mask head, its activation included."""
     return (
-        isinstance(getattr(head.upsample, 'activation', None), nn.ReLU)
+        isinstance(head.upsample, FusedUpsample)
+        and isinstance(head.upsample.activation, nn.ReLU)
         and type(head.conv_logits) is FusedConv2d
     )
 

@@ -158,10 +158,29 @@ def _piped(dataset: ConfigDict, pipeline: List[dict]) -> dict:
     return dict(dataset, pipeline=pipeline)
 
 
+def calibration_batches(config: Config, count: int) -> Iterator[dict]:
+    """Images of a config's training split, prepared as for validation.
+
+    Args:
+        config (Config): The detector's config.
+        count (int): How many, spread over the split.
+
+    Yields:
+        dict: Of one image, what a dataloader gives and a detector's
+        ``test_step`` takes.
+    """
+    # that of tests may give each image several times
+    loader = config.get('val_dataloader') or config.test_dataloader
+    pipeline = loader.dataset.pipeline
+    dataset = DATASETS.build(_piped(config.train_dataloader.dataset, pipeline))
+    for i in np.linspace(0, len(dataset) - 1, count).round().astype(int):
+        yield pseudo_collate([dataset[int(i)]])
+
+
 def calibration_images(
     config: Config, count: int, pixels: bool = False
 ) -> Iterator[np.ndarray]:
-    """Images of a config's training split, prepared as its tests do.
+    """The images of :func:`calibration_batches` as arrays.
 
     Args:
         config (Config): The detector's config.
@@ -172,12 +191,9 @@ def calibration_images(
     Yields:
         ndarray: Images of shape (1, C, H, W), normalised float32 or uint8.
     """
-    pipeline = config.test_dataloader.dataset.pipeline
-    dataset = DATASETS.build(_piped(config.train_dataloader.dataset, pipeline))
     preprocess = MODELS.build(
         AS_READ if pixels else config.model.data_preprocessor
     )
     dtype = np.uint8 if pixels else np.float32
-    for i in np.linspace(0, len(dataset) - 1, count).round().astype(int):
-        batch = pseudo_collate([dataset[int(i)]])
+    for batch in calibration_batches(config, count):
         yield preprocess(batch)['inputs'].numpy().astype(dtype)

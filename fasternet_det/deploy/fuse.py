@@ -156,7 +156,9 @@ BUILDERS: Dict[type, Builder] = {
 
 
 def fuse(
-    module: nn.Module, known: Optional[Dict[nn.Module, nn.Module]] = None
+    module: nn.Module,
+    known: Optional[Dict[nn.Module, nn.Module]] = None,
+    builders: Dict[type, Builder] = BUILDERS,
 ) -> nn.Module:
     """Replace what has a faster form; what is shared stays shared.
 
@@ -164,16 +166,18 @@ def fuse(
         module (nn.Module): A folded module. What is inside is replaced in it.
         known (dict, optional): What has been replaced by what. Defaults to
             None, nothing.
+        builders (dict): What makes of a module of a type what replaces it, or
+            None. Defaults to the faster forms.
 
     Returns:
         nn.Module: The module, or what replaces it.
     """
     known = {} if known is None else known
     if module not in known:
-        build = BUILDERS.get(type(module), lambda module: None)
+        build = builders.get(type(module), lambda module: None)
         known[module] = build(module) or module
         if known[module] is module and not stays(module):
             for name, child in module._modules.items():
                 if child is not None:
-                    module._modules[name] = fuse(child, known)
+                    module._modules[name] = fuse(child, known, builders)
     return known[module]

@@ -1,5 +1,7 @@
 """The fast form in mmengine's test loop."""
 
+from typing import Iterable, Optional
+
 import torch
 import torch.nn as nn
 from mmengine.hooks import Hook
@@ -15,11 +17,14 @@ class OptimizeHook(Hook):
     """Test the fast form of the model, as :func:`optimize` makes it.
 
     Args:
-        dtype (str): Name of a torch dtype, such as 'bfloat16'. Defaults to
-            'float32'.
+        dtype (str): Name of a torch dtype, such as 'bfloat16'. 'int8' is
+            calibrated on images of the config's training set, prepared as
+            for validation. Defaults to 'float32'.
         compile (bool): Whether to use ``torch.compile``. Defaults to False.
         winograd (bool): Whether convolutions in float32 may be computed by
             Winograd's tiles. Defaults to True.
+        calibration (int): How many images to calibrate int8 on. Defaults to
+            32.
 
     Raises:
         ValueError: If there is no such dtype, or the model cannot be
@@ -31,6 +36,7 @@ class OptimizeHook(Hook):
         dtype: str = 'float32',
         compile: bool = False,
         winograd: bool = True,
+        calibration: int = 32,
     ) -> None:
         self.dtype = getattr(torch, dtype, None)
         if not isinstance(self.dtype, torch.dtype):
@@ -40,23 +46,32 @@ class OptimizeHook(Hook):
             )
         self.compile = compile
         self.winograd = winograd
+        self.calibration = calibration
 
     def before_test(self, runner: Runner) -> None:
         """Replace the model of a runner, which has its weights by now."""
-        runner.model = self._optimize(runner.model)
+        batches = None
+        if self.dtype == torch.int8:
+            from .evaluate import calibration_batches  # wants torch 2.6
 
-    def _optimize(self, model: nn.Module) -> nn.Module:
+            batches = calibration_batches(runner.cfg, self.calibration)
+        runner.model = self._optimize(runner.model, batches)
+
+    def _optimize(
+        self, model: nn.Module, batches: Optional[Iterable[dict]] = None
+    ) -> nn.Module:
         """Optimise a detector, also in the wrappers that call it."""
         # An averaged model is no wrapper in mmengine's registry, nor is the
         # one that merges the predictions of augmented images.
         if is_model_wrapper(model) or isinstance(
             model, (BaseAveragedModel, BaseTTAModel)
         ):
-            model.module = self._optimize(model.module)
+            model.module = self._optimize(model.module, batches)
             return model
         return optimize(
             model.eval(),
             self.dtype,
             compile=self.compile,
             winograd=self.winograd,
+            calibration=batches,
         )

@@ -49,7 +49,7 @@ def kernel_dtypes() -> FrozenSet[torch.dtype]:
     """In which dtypes oneDNN computes on this CPU, if at all.
 
     Its operators are private to torch: where one is missing, all modules here
-    compute by plain operators.
+    compute by plain operators. torch.int8 has none of these.
     """
     names = (
         *('_convolution_pointwise', '_reorder_convolution_weight'),
@@ -61,9 +61,13 @@ def kernel_dtypes() -> FrozenSet[torch.dtype]:
         hasattr(kernels, name) for name in names
     ):
         return frozenset()
+    dtypes = {torch.float32}
     if kernels._is_mkldnn_bf16_supported():
-        return frozenset({torch.float32, torch.bfloat16})
-    return frozenset({torch.float32})
+        dtypes.add(torch.bfloat16)
+    names = ('qconv2d_pointwise', 'qlinear_pointwise')
+    if all(hasattr(torch.ops.onednn, name) for name in names):
+        dtypes.add(torch.int8)
+    return frozenset(dtypes)
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -237,6 +241,18 @@ class Predictor(FusedConv2d):
         return torch.cat([forward(t.float()) for t in x.split(rows, 2)], 2)
 
 
+def interleave(quads: Tensor) -> Tensor:
+    """Map (N, 4 * C, H, W), of 2x2 pixels y, x, to (N, C, 2H, 2W)."""
+    return (
+        quads.permute(0, 2, 3, 1)
+        .unflatten(3, (2, 2, -1))
+        .transpose(2, 3)  # N, H, y, W, x, C
+        .flatten(3, 4)
+        .flatten(1, 2)
+        .permute(0, 3, 1, 2)
+    )
+
+
 class FusedUpsample(FusedConv2d):
     """A 2x2 transposed convolution of stride 2, as a 1x1 convolution.
 
@@ -265,13 +281,7 @@ class FusedUpsample(FusedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, 2H, 2W)."""
-        return (
-            self._quads(x)
-            .transpose(2, 3)  # N, H, y, W, x, C_out
-            .flatten(3, 4)
-            .flatten(1, 2)
-            .permute(0, 3, 1, 2)
-        )
+        return interleave(super().forward(x))
 
     def logits(self, x: Tensor, predictor: nn.Module, of: Tensor) -> Tensor:
         """Predict one class of each map, a few maps at a time.

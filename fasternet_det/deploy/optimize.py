@@ -1,6 +1,6 @@
 """The fast form of a backbone, or of a detector."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Iterable, Optional
 
 import torch
 import torch.nn as nn
@@ -8,6 +8,7 @@ from mmdet.models import BaseDetector
 from mmdet.models.necks import FPN
 from torch import Tensor
 
+from . import int8
 from .fold import fold
 from .fuse import fuse
 from .operators import FusedConv2d, kernel_dtypes
@@ -33,8 +34,7 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
         )
     device = next(model.parameters()).device.type
     dtypes = [torch.float32, torch.bfloat16]
-    if device == 'cuda':
-        dtypes.append(torch.float16)
+    dtypes += dict(cuda=[torch.float16], cpu=[torch.int8]).get(device, [])
     if dtype not in dtypes:
         raise ValueError(
             f'cannot compute in {dtype} on {device}, expected one of '
@@ -49,6 +49,11 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
             'cannot compute in torch.bfloat16 on this CPU: it needs '
             'avx512_bf16 or amx_bf16, see `lscpu`, and a torch with oneDNN; '
             'use torch.float32'
+        )
+    if dtype == torch.int8 and dtype not in kernel_dtypes():
+        raise ValueError(
+            'cannot compute in torch.int8: it needs a torch with oneDNN, and '
+            'its torch.ops.onednn; use torch.float32'
         )
 
 
@@ -83,6 +88,7 @@ def optimize(
     memory_format: torch.memory_format = torch.channels_last,
     compile: bool = False,
     winograd: bool = True,
+    calibration: Optional[Iterable[Any]] = None,
 ) -> nn.Module:
     """Make the fast form of a detector, or of a backbone.
 
@@ -101,7 +107,9 @@ def optimize(
         model (nn.Module): A layer, backbone or mmdet detector in eval mode. It
             is left as it is.
         dtype (torch.dtype): In which to compute: float32 (outputs equal the
-            model's to 1e-5 relative), bfloat16, or float16 on CUDA. Boxes are
+            model's to 1e-5 relative), bfloat16, float16 on CUDA, or on CPUs
+            int8 (:mod:`~fasternet_det.deploy.int8`; what it does not suit is
+            computed in bfloat16 if the CPU can, else in float32). Boxes are
             predicted, decoded, suppressed and pooled from in float32 anyway.
             Defaults to float32.
         memory_format (torch.memory_format): Layout of weights and image.
@@ -112,6 +120,10 @@ def optimize(
         winograd (bool): Whether 3x3 convolutions in float32 may be computed by
             :mod:`~fasternet_det.deploy.winograd`, where that is faster.
             Defaults to True.
+        calibration (Iterable, optional): With int8, some tens of images to
+            find by what the maps span: for a detector, batches such as its
+            ``test_step`` takes and a dataloader gives; for other modules,
+            tensors (N, C, H, W). Defaults to None.
 
     Returns:
         nn.Module: A copy for inference, without gradients. A bare backbone's
@@ -126,6 +138,16 @@ def optimize(
     from .decode import decode_heads  # cannot be imported on an older one
 
     _check(model, dtype)
+    batches = None
+    if dtype == torch.int8 and not compile and calibration is not None:
+        batches = int8.check(model, calibration)
+        low = torch.bfloat16 in kernel_dtypes()
+        dtype = torch.bfloat16 if low else torch.float32
+    elif dtype == torch.int8 or calibration is not None:
+        raise ValueError(
+            'torch.int8 goes with calibration, some tens of images, and '
+            'without compile; other dtypes without calibration'
+        )
     model = fold(model)
     fast, plain = split(model)
     if compile:
@@ -150,4 +172,6 @@ def optimize(
     cast_before(fast[0], dtype=dtype, memory_format=memory_format)
     if plain:
         cast_after(fast[-1], **PLAIN)
+    if batches is not None:
+        int8.quantize(model, fast[-1], batches)
     return model.requires_grad_(False)

@@ -367,7 +367,7 @@ def test_compiled(randomise):
         close(optimize(model, compile=True)(x), model(x), 1e-5)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.int8, torch.float64])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.int16, torch.float64])
 def test_other_dtypes(dtype):
     with pytest.raises(ValueError, match=f'compute in {dtype} on cpu, .*bfl'):
         optimize(FasterNet('t0').eval(), dtype)
@@ -505,7 +505,7 @@ class Without:
     [
         (
             *(torch.ops.mkldnn, '_is_mkldnn_bf16_supported'),
-            *(lambda: False, {torch.float32}),
+            *(lambda: False, {torch.float32, torch.int8}),
         ),
         (torch.backends.mkldnn, 'is_available', lambda: False, set()),
         (torch.ops, 'mkldnn', Without(), set()),
