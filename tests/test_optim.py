@@ -159,13 +159,6 @@ def test_groups():
     assert seen == set(range(1, 15))
 
 
-def test_mmpretrains_constructor_takes_the_same_depths():
-    """What it calls: get_layer_depth(name, 'backbone.')."""
-    model = detector()
-    name = 'backbone.stages.0.blocks.0.mlp.0.weight'
-    assert model.backbone.get_layer_depth(name, 'backbone.') == (1, 15)
-
-
 @pytest.mark.parametrize('rate', [None, 0, 1.5, '0.9', float('nan')])
 def test_bad_rates(rate):
     cfg = dict(

@@ -11,6 +11,7 @@ import sys
 
 import torch
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 
@@ -52,6 +53,14 @@ def classifier(model):
     samples = [DataSample().set_gt_score(score) for score in scores]
     loss = model.loss(images, samples)['loss']
     loss.backward()
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            constructor='LearningRateDecayOptimWrapperConstructor',
+            optimizer=dict(type='AdamW', lr=1.0),
+            paramwise_cfg=dict(layer_decay_rate=0.5),
+        ),
+    )
     model.eval()
     with torch.no_grad():
         logits = model(images)
@@ -64,6 +73,10 @@ def classifier(model):
             found=found.pred_score.allclose(logits[0].softmax(0)),
             loss=model.loss(images, samples)['loss'].item(),
             expected=expected.item(),
+            rates={
+                group['param_name']: group['lr']
+                for group in wrapper.optimizer.param_groups
+            },
             keys=list(model.state_dict()),
         )
 

@@ -40,6 +40,13 @@ def test_step(name, results):
     assert result['without_gradient'] == []
     assert result['logits_are_the_backbones'] and result['found']
     assert result['loss'] == pytest.approx(result['expected'], rel=1e-6)
+    # mmpretrain's own layer-wise learning-rate decay, by a half
+    assert result['rates'].keys() == {
+        f'backbone.{k}' for k, _ in backbone.named_parameters()
+    }
+    for parameter, rate in result['rates'].items():
+        depth, layers = backbone.get_layer_depth(parameter, 'backbone.')
+        assert rate == 0.5 ** (layers - 1 - depth), parameter
     page = (CONFIGS / 'README.md').read_text()
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
     assert f'[{arch.upper()}]({name}.py) | {millions:.2f} |' in page
