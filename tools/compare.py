@@ -248,11 +248,11 @@ def main() -> None:
         configs, checkpoints, args.rounds
     ).items():
         results[name].update(times)
-    table = make_table(results)
+    text = make_table(results)
     (args.work_dir / 'results.json').write_text(json.dumps(results, indent=1))
-    (args.work_dir / 'table.md').write_text(table)
+    (args.work_dir / 'table.md').write_text(text)
     plot(results, args.work_dir / 'compare.png')
-    print(table)
+    print(text)
     print(
         f'AP: mean, lowest and highest of the seeds {args.seeds}. '
         f'FLOPs: multiply-adds at {SIDE}x{SIDE}, 1000 proposals, 100 masks. '

@@ -17,7 +17,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from fasternet_det import FasterNet, GGhostRegNet
+from fasternet_det.backbones.base import Backbone
 from fasternet_det.checkpoint import (
     load_exactly,
     read_checkpoint,
@@ -59,7 +59,7 @@ def load_model(
     if what == 'backbone':
         model = MODELS.build(config.model.backbone)
         state_dict = read_state_dict(checkpoint)
-        if isinstance(model, (FasterNet, GGhostRegNet)):
+        if isinstance(model, Backbone):
             model.load_pretrained(state_dict, checkpoint)
         else:
             load_exactly(model, state_dict, source=checkpoint)

@@ -189,21 +189,23 @@ def main() -> None:
         '--shape',
         nargs=2,
         type=int,
-        default=(800, 1280),
         metavar=('H', 'W'),
         help="size of that detector's image, 800 1280 by default",
     )
     args = parser.parse_args()
+    if args.shape and not args.config:
+        parser.error('--shape needs a config')
 
     console = Console(highlight=False, soft_wrap=True)
     if args.config:
         try:
-            params, flops = count_detector(args.config, args.shape)
+            shape = args.shape or (800, 1280)
+            params, flops = count_detector(args.config, shape)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         console.print(
             f'{params / 1e6:.2f} M parameters, {flops / 1e9:.2f} G '
-            'FLOPs for {1}x{0} pixels'.format(*args.shape)
+            'FLOPs for {1}x{0} pixels'.format(*shape)
         )
     else:
         classifiers = {

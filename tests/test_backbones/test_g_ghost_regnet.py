@@ -119,7 +119,7 @@ def block_by_hand(x, block, groups, stride=1):
 
 
 def test_ghost_stage_by_hand_in_train_mode(randomise):
-    """The issue's formulas, written out, with batch statistics."""
+    """The paper's formulas, written out, with batch statistics."""
     arch = dict(depths=(1, 5, 1, 1), widths=(8, 40, 8, 8), group_width=8)
     model = randomise(GGhostRegNet(arch, norm_eval=False)).double().train()
     stage = model.layer2

@@ -54,6 +54,24 @@ def notes(path):
     return {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
 
 
+def test_imagenet_file_of_a_backbone(filled, tmp_path):
+    """Its classifier may be left over, whichever backbone it is of."""
+    load_model = runpy.run_path(ROOT / 'tools' / 'export.py')['load_model']
+    for name in ('ghostnet-1.0x', 'g-ghost-regnetx-200MF', 'fasternet-t0'):
+        cfg = Config.fromfile(
+            CONFIG.with_name(f'mask-rcnn_{name}_fpn_nuclei.py')
+        )
+        init_default_scope('mmdet')
+        with torch.device('meta'):
+            whole = MODELS.build(dict(cfg.model.backbone, fork_feat=False))
+        weights = filled({k: v.shape for k, v in whole.state_dict().items()})
+        torch.save(weights, tmp_path / 'a.pth')
+        model, _ = load_model(cfg, str(tmp_path / 'a.pth'), 'backbone')
+        assert not model.training
+        for key, value in model.state_dict().items():
+            assert key not in weights or value.equal(weights[key])
+
+
 def test_backbone(run, checkpoint, tmp_path):
     done = run(
         *(CONFIG, checkpoint, '--what', 'backbone'),

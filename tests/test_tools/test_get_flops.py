@@ -135,6 +135,12 @@ def test_prints_one_detector(monkeypatch, capsys):
     )
 
 
+def test_shape_without_a_config(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        run(monkeypatch, '--shape', 320, 480)
+    assert '--shape needs a config' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     'config, message',
     [

@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -133,6 +132,10 @@ def parse(side: str) -> Spec:
                 f'{side!r}: {option} is not an option of {kind} sides, '
                 f'expected {", ".join(OPTIONS[kind])}'
             )
+    if {'bf16', 'int8'} <= {*options}:
+        raise ValueError(f'{side!r}: expected bf16 or int8, not both')
+    if 'direct' in options and {'bf16', 'int8'} & {*options}:
+        raise ValueError(f'{side!r}: direct is an option of float32')
     return Spec(name, form, kind, options)
 
 
@@ -176,6 +179,8 @@ def build_model(
     init_default_scope('mmdet')
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(batch, 3, *size, generator=generator)
+    if checkpoint and (name in BACKBONES or name.startswith('timm-')):
+        raise ValueError(f'{name!r}: --checkpoint is for detectors')
     if name in BACKBONES:
         module = fill(MODELS.build(BACKBONES[name]))
         module.eval()  # returns nothing in mmdet
@@ -232,8 +237,6 @@ def build_module(spec: Spec, model: Model) -> nn.Module:
     settings: Dict[str, Any] = dict(compile='compile' in spec.options)
     settings['winograd'] = 'direct' not in spec.options
     if spec.dtype == torch.int8:
-        if 'calibration' not in signature(optimize).parameters:
-            raise CannotError('there is no fast form in INT8 yet')
         settings['calibration'] = model.calibration()
     try:
         return optimize(model.module, spec.dtype, **settings)

@@ -118,13 +118,14 @@ def report(folders: Sequence[Path], out: Path) -> None:
             to_markdown(result),
         ]
         if result['kind'] in PANELS:
-            png = out.with_name(f'{out.stem}_{file.stem}.png')
+            which = f'_{number}' * (number > 1)
+            png = out.with_name(f'{out.stem}_{file.stem}{which}.png')
             plot(result, png)
             sections.append(f'![{file.stem}]({png.name})')
     head = [
         '# Benchmark',
         'Made by `python tools/benchmark report`. All was measured, but for '
-        'what is called reported. Times are of one machine: compare ratios.',
+        'what is called reported. Compare times within a section only.',
         *(f'Machine {i}: {line}' for i, line in enumerate(machines, 1)),
         NOTES,
     ]
