@@ -1,6 +1,5 @@
 """Compare models, forms of them and runtimes on this machine.
 
-`__main__` is the command line; `experiments` has a function for each of its
-commands, on the sides of `models`; `report` shows the results. `data.yml` are
-models and goals.
+`__main__` is the command line, `experiments` its commands, on the sides of
+`models`; `report` shows results; `data.yml` has models and goals.
 """

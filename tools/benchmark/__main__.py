@@ -6,10 +6,9 @@ the steps of a detector, goals all that this project wants to reach; report
 makes a page of such results.
 
 A SIDE is NAME[@RUNTIME][:option,...]. NAME is fasternet-ARCH, g-ghost-ARCH,
-ghostnet, ghostnet-1.1, resnet-18, resnet-50, either of these with -spconv or
--saconv, mobilenet-v2,
-swin-t, pvt-v2-b0, pvt-v2-b1, pvt-v2-b2, timm-MODEL, such as
-timm-mobilevit_xxs or timm-cpubone_b0_bfrobust, or the config of a detector.
+ghostnet, resnet-18, resnet-50, either of these with -spconv or -saconv,
+mobilenet-v2, swin-t, pvt-v2-b0, -b1, -b2, timm-MODEL, such as timm-mobilevit_xxs
+or timm-cpubone_b0_bfrobust, or the config of a detector.
 RUNTIME is onnxruntime or openvino. Without them, a side is the plain module
 in float32; the options are
 
@@ -24,9 +23,8 @@ in float32; the options are
   every          for all runtimes and precisions, the original first
 
 Ratios are against the first side. In float32, sides of the same model must
-agree with the first of them before anything is timed; below, what they have in
-common is told. What this machine cannot compute is left out, and the table
-says why.
+agree with the first of them before anything is timed. What this machine cannot
+compute is left out, and the table says why.
 """
 
 import argparse
@@ -104,10 +102,7 @@ def main() -> None:
         parser.error(str(error))
     # paths of this machine by their last part
     paths = {str(out), args.get('checkpoint')}
-    words = [
-        Path(w).name if w in paths or Path(w).is_absolute() else w
-        for w in sys.argv[1:]
-    ]
+    words = [Path(w).name if w in paths else w for w in sys.argv[1:]]
     # what is set of glibc's malloc, as it matters
     malloc = [f'{k}={v}' for k, v in os.environ.items() if k[:7] == 'MALLOC_']
     result['command'] = shlex.join(

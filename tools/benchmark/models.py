@@ -132,10 +132,8 @@ def parse(side: str) -> Spec:
                 f'{side!r}: {option} is not an option of {kind} sides, '
                 f'expected {", ".join(OPTIONS[kind])}'
             )
-    if {'bf16', 'int8'} <= {*options}:
-        raise ValueError(f'{side!r}: expected bf16 or int8, not both')
-    if 'direct' in options and {'bf16', 'int8'} & {*options}:
-        raise ValueError(f'{side!r}: direct is an option of float32')
+    if len({'bf16', 'int8', 'direct'} & {*options}) > 1:
+        raise ValueError(f'{side!r}: expected one of bf16, int8 and direct')
     return Spec(name, form, kind, options)
 
 

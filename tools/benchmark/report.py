@@ -118,8 +118,7 @@ def report(folders: Sequence[Path], out: Path) -> None:
             to_markdown(result),
         ]
         if result['kind'] in PANELS:
-            which = f'_{number}' * (number > 1)
-            png = out.with_name(f'{out.stem}_{file.stem}{which}.png')
+            png = out.with_name(f'{out.stem}_{number}_{file.stem}.png')
             plot(result, png)
             sections.append(f'![{file.stem}]({png.name})')
     head = [
