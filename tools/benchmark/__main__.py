@@ -7,8 +7,8 @@ makes a page of such results.
 
 A SIDE is NAME[@RUNTIME][:option,...]. NAME is fasternet-ARCH, g-ghost-ARCH,
 ghostnet, resnet-18, resnet-50, either of these with -spconv or -saconv,
-mobilenet-v2, swin-t, pvt-v2-b0, -b1, -b2, timm-MODEL, such as timm-mobilevit_xxs
-or timm-cpubone_b0_bfrobust, or the config of a detector.
+mobilenet-v2, swin-t, pvt-v2-b0, -b1, -b2, timm-MODEL, such as
+timm-mobilevit_xxs or timm-cpubone_b0_bfrobust, or the config of a detector.
 RUNTIME is onnxruntime or openvino. Without them, a side is the plain module
 in float32; the options are
 
