@@ -52,6 +52,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.command == 'configs':
+        if args.options:
+            parser.error(f'configs takes no options, got {args.options}')
         print(CONFIGS)  # noqa: T201
         return
     tool = TOOLS / COMMANDS[args.command]

@@ -26,8 +26,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             at most 1.
 
     Raises:
-        ValueError: If there is no such rate, or the model's backbone does not
-            know the depth of its layers.
+        ValueError: If there is no such rate or no ``lr``, or the model's
+            backbone does not know the depth of its layers.
 
     Example:
         >>> optim_wrapper = dict(
@@ -45,6 +45,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(
                 f'paramwise_cfg={paramwise_cfg!r}: expected a '
                 'layer_decay_rate above 0 and at most 1, such as 0.9'
+            )
+        if self.base_lr is None:
+            raise ValueError(
+                f'optimizer={self.optimizer_cfg!r} has no lr, of which '
+                'layer_decay_rate is a part: expected one such as lr=1e-4'
             )
 
     def add_params(

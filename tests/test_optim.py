@@ -170,6 +170,16 @@ def test_bad_rates(rate):
         build_optim_wrapper(FasterNet(TINY), cfg)
 
 
+def test_no_learning_rate():
+    cfg = dict(
+        constructor='LayerDecayOptimWrapperConstructor',
+        optimizer=dict(type='AdamW'),
+        paramwise_cfg=dict(layer_decay_rate=0.9),
+    )
+    with pytest.raises(ValueError, match="'AdamW'} has no lr"):
+        build_optim_wrapper(FasterNet(TINY), cfg)
+
+
 def test_backbones_without_depths():
     cfg = dict(
         constructor='LayerDecayOptimWrapperConstructor',

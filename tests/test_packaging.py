@@ -128,6 +128,13 @@ def test_configs_of_a_clone(monkeypatch, capsys):
     assert capsys.readouterr().out == f'{ROOT / "configs"}\n'
 
 
+def test_configs_take_no_options(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['fasternet-det', 'configs', '--all'])
+    with pytest.raises(SystemExit, match='2'):
+        main()
+    assert 'configs takes no options' in capsys.readouterr().err
+
+
 def test_no_such_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['fasternet-det', 'trian', 'a.py'])
     with pytest.raises(SystemExit, match='2'):

@@ -320,19 +320,15 @@ class GGhostRegNet(Backbone):
 
     def _forward(self, x: Tensor) -> Union[Tuple[Tensor, ...], Tensor]:
         x = self.relu(self.bn1(self.conv1(x)))
-        if not self.fork_feat:
-            for stage in self._stages():
-                x = stage(x)
-            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-            return self.fc(self.dropout(x))
         outs = []
         for i, stage in enumerate(self._stages()):
             x = stage(x)
-            if i in self.out_indices:
+            if self.fork_feat and i in self.out_indices:
                 outs.append(x)
-            if i == self.out_indices[-1]:
-                break
-        return tuple(outs)
+                if i == self.out_indices[-1]:
+                    return tuple(outs)
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return self.fc(self.dropout(x))
 
     @classmethod
     def _parse_arch(

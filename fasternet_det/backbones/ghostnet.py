@@ -318,10 +318,10 @@ class GhostNet(Backbone):
         outs = []
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i in self.out_indices:
+            if self.fork_feat and i in self.out_indices:
                 outs.append(x)
-            if self.fork_feat and i == self.out_indices[-1]:
-                return tuple(outs)
+                if i == self.out_indices[-1]:
+                    return tuple(outs)
         x = F.relu(self.conv_head(F.adaptive_avg_pool2d(x, 1)))
         return self.classifier(self.dropout(x.flatten(1)))
 

@@ -3,10 +3,10 @@
 =============  ==============================================================
 fold           norms into convolutions, exactly; what is unknown stays
 fuse           each module -> what computes it in fewer steps (operators.py,
-               3x3 convolutions by winograd.py)
+               blocks.py, 3x3 convolutions by winograd.py)
 precision      the dtype and memory format in which each part computes
-int8           layers -> what computes in 8 bits, on scales found by trial
 decode         maps -> detections, in tensors
+int8           layers -> what computes in 8 bits, on scales found by trial
 optimize       these in a row: the fast form; in a test loop, hook.py
 export         folded and decoded -> ONNX, OpenVINO, INT8; scored by evaluate
 =============  ==============================================================

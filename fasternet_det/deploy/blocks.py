@@ -27,8 +27,6 @@ class FastTShapedConv(nn.Module):
         self, conv: TShapedConv, activation: Optional[nn.Module] = None
     ) -> None:
         super().__init__()
-        self.in_channels = conv.in_channels
-        self.out_channels = conv.out_channels
         self.stride = conv.stride
         self.channels3 = conv.split_sizes[0]
         self.partial_conv3 = FusedConv2d(conv.partial_conv3)
@@ -41,10 +39,10 @@ class FastTShapedConv(nn.Module):
         mixed = self.partial_conv3(first)
         if self.stride == (2, 2):
             x = x[:, :, ::2, ::2].clone()
-            first = x[:, : self.channels3].clone()
         x[:, : self.channels3] = mixed
         out = self.pointwise_conv(x)
-        x[:, : self.channels3] = first
+        if self.stride == (1, 1):
+            x[:, : self.channels3] = first
         return out
 
 
@@ -76,7 +74,8 @@ class FastGhostModule(nn.Module):
         Returns:
             Tensor: The sum, mostly in the memory of ``out``.
         """
-        if type(self.cheap) is not FusedConv2d:  # it is of 8 bits
+        # Maps of 8 bits know nothing of what is written to their parts.
+        if type(out) is not Tensor or type(self.cheap) is not FusedConv2d:
             return out + self(x)
         half = self.primary(x)
         first, second = out.chunk(2, dim=1)

@@ -38,7 +38,8 @@ from mmdet.utils import InstanceList
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .operators import FusedConv2d, FusedUpsample
+from .blocks import FastTShapedConv
+from .operators import FusedConv2d, FusedUpsample, Packed
 from .versions import check_torch
 
 # Before 2.4, the operators below fail and do not say why.
@@ -475,8 +476,11 @@ class RPNDecoder(DenseDecoder):
 
     def forward(self, maps: Sequence[Tensor]) -> Tuple[List[Tensor], ...]:
         """Compute what the head does, no ReLU twice."""
-        activation = getattr(self.rpn_conv, 'activation', None)
-        if not isinstance(activation, nn.ReLU):
+        conv = self.rpn_conv
+        if not (
+            isinstance(conv, (Packed, FastTShapedConv))
+            and isinstance(conv.activation, nn.ReLU)
+        ):
             return super().forward(maps)
         outs = [
             (self.rpn_cls(x), self.rpn_reg(x))

@@ -1,7 +1,7 @@
 """Score an exported detector as mmdet scores the original."""
 
 from math import ceil
-from typing import Dict, Iterator, List, Optional
+from typing import TYPE_CHECKING, Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from mmengine.structures import InstanceData
 from torch import Size, Tensor
 from torch.nn.functional import interpolate
 
-from .export import Session
+if TYPE_CHECKING:  # which wants the packages of export
+    from .export import Session
 
 AS_READ = dict(type='DetDataPreprocessor')  # neither normalises nor pads
 
@@ -39,7 +40,7 @@ class ExportedDetector(BaseDetector):
 
     def __init__(
         self,
-        session: Session,
+        session: 'Session',
         data_preprocessor: dict,
         metadata: Optional[dict] = None,
     ) -> None:
@@ -148,6 +149,15 @@ def evaluate(config: Config, model: BaseDetector) -> Dict[str, float]:
     return evaluator.evaluate(len(loader.dataset))
 
 
+def _pipeline(dataset: ConfigDict) -> List[dict]:
+    """The pipeline of a dataset, or of the first in it."""
+    if 'dataset' in dataset:
+        return _pipeline(dataset.dataset)
+    if 'datasets' in dataset:
+        return _pipeline(dataset.datasets[0])
+    return dataset.pipeline
+
+
 def _piped(dataset: ConfigDict, pipeline: List[dict]) -> dict:
     """Config of the images of a dataset by another pipeline."""
     if 'dataset' in dataset:  # as in RepeatDataset
@@ -168,10 +178,19 @@ def calibration_batches(config: Config, count: int) -> Iterator[dict]:
     Yields:
         dict: Of one image, what a dataloader gives and a detector's
         ``test_step`` takes.
+
+    Raises:
+        ValueError: If the config has no training set.
     """
+    if not config.get('train_dataloader'):
+        raise ValueError(
+            'the config has no train_dataloader to take calibration images '
+            'from: add one, or give images of your own to '
+            'optimize(model, torch.int8, calibration=...)'
+        )
     # that of tests may give each image several times
     loader = config.get('val_dataloader') or config.test_dataloader
-    pipeline = loader.dataset.pipeline
+    pipeline = _pipeline(loader.dataset)
     dataset = DATASETS.build(_piped(config.train_dataloader.dataset, pipeline))
     for i in np.linspace(0, len(dataset) - 1, count).round().astype(int):
         yield pseudo_collate([dataset[int(i)]])

@@ -9,6 +9,7 @@ from mmengine.model import BaseAveragedModel, BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from .evaluate import calibration_batches
 from .optimize import optimize
 
 
@@ -52,8 +53,6 @@ class OptimizeHook(Hook):
         """Replace the model of a runner, which has its weights by now."""
         batches = None
         if self.dtype == torch.int8:
-            from .evaluate import calibration_batches  # wants torch 2.6
-
             batches = calibration_batches(runner.cfg, self.calibration)
         runner.model = self._optimize(runner.model, batches)
 

@@ -297,7 +297,10 @@ class Observed(_Map):
         """Into a range of its own."""
         if not isinstance(other, Observed) or other.shape != self.shape:
             return None
-        self.key.sum = key = self.key.sum or Range()
+        key = self.key.sum or Range()
+        if other.key is key:  # of layers that are run again
+            return None
+        self.key.sum = key
         out = func(self.read(key), other.read(key))
         key.observe(out)
         return Observed(out, self.dtype, key)
@@ -582,6 +585,8 @@ class BlockTrial(Trial):
         if self.in_bytes():
             return self.form()
         self.layer.partial_conv3, self.layer.expand = self.layers[:2]
+        # It writes to its input.
+        self.layer.register_forward_pre_hook(_floats_before)
         return self.layer
 
     def forward(self, x: Tensor) -> Observed:  # noqa: D102
@@ -660,8 +665,9 @@ def check(model: nn.Module, calibration: Iterable) -> List[Any]:
 def quantize(model: nn.Module, last: nn.Module, batches: List[Any]) -> None:
     """Replace the layers in a fast form by those of 8 bits.
 
-    Predictors stay as they are, so do layers that read the image, and those
-    that would lose too much: a line of mmengine's log names these.
+    What predicts scores and boxes stays as it is, so do layers of few
+    channels, such as an image's, and those that would lose too much: a line
+    of mmengine's log names these.
 
     Args:
         model (nn.Module): The fast form, in float32 or bfloat16.
@@ -669,8 +675,14 @@ def quantize(model: nn.Module, last: nn.Module, batches: List[Any]) -> None:
         batches (list): What it is run on.
 
     Raises:
-        ValueError: If nothing in it can be computed in 8 bits.
+        ValueError: If it is a layer or block itself, or nothing in it can be
+            computed in 8 bits.
     """
+    if type(model) in TRIALS:
+        raise ValueError(
+            'torch.int8 is for models of several layers: wrap a single one in '
+            'nn.Sequential'
+        )
     known: Dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         names = predictors(module) or ()
@@ -678,8 +690,7 @@ def quantize(model: nn.Module, last: nn.Module, batches: List[Any]) -> None:
         if isinstance(module, FastTShapedConv):  # it writes to its input
             module.register_forward_pre_hook(_floats_before)
     last.register_forward_hook(_floats_after)
-    for name, child in model.named_children():
-        setattr(model, name, fuse(child, known, TRIALS))
+    fuse(model, known, TRIALS)
     trials = {
         name: module
         for name, module in model.named_modules()
@@ -699,8 +710,7 @@ def quantize(model: nn.Module, last: nn.Module, batches: List[Any]) -> None:
             why = f'{noise:.0%}' if trial.int8 else 'not reached'
             kept.append(f'{name} ({why})')
             trial.int8 = None
-    for name, child in model.named_children():
-        setattr(model, name, fuse(child, {}, RESULTS))
+    fuse(model, {}, RESULTS)
     done = f'{len(trials) - len(kept)} of {len(trials)} layers'
     if len(kept) == len(trials):
         raise ValueError(

@@ -64,9 +64,13 @@ def kernel_dtypes() -> FrozenSet[torch.dtype]:
     dtypes = {torch.float32}
     if kernels._is_mkldnn_bf16_supported():
         dtypes.add(torch.bfloat16)
+    kernels = torch.ops.onednn
     names = ('qconv2d_pointwise', 'qlinear_pointwise')
-    if all(hasattr(torch.ops.onednn, name) for name in names):
-        dtypes.add(torch.int8)
+    if all(hasattr(kernels, name) for name in names):
+        # Older torch has its arguments in another order.
+        schema = kernels.qconv2d_pointwise.binary._schema
+        if [a.name for a in schema.arguments].index('qaccum') == 6:
+            dtypes.add(torch.int8)
     return frozenset(dtypes)
 
 

@@ -6,7 +6,7 @@ from fill import fill_input
 from mmcv.cnn import ConvModule
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from fasternet_det import FasterNet, GGhostRegNet, GhostNet, SlotRPNHead
@@ -122,6 +122,18 @@ def test_models_of_inference_mode():
         torch.testing.assert_close(fast(x), expected)
 
 
+@MODELS.register_module()
+class HalfActivated(nn.Conv2d):
+    """A plug-in with an activation that is not its last step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.activation = nn.ReLU()
+
+    def forward(self, x):
+        return super().forward(self.activation(x))
+
+
 class OtherRPNHead(RPNHead):
     """One that might compute something else."""
 
@@ -144,9 +156,10 @@ RPN = dict(
         (lambda: RPNHead(**RPN, num_convs=2), 2),
         (lambda: SlotRPNHead(**RPN, conv_cfg=dict(type='TShapedConv')), 0),
         (lambda: SlotRPNHead(**RPN, conv_cfg=dict(type='SPConv')), 2),
+        (lambda: SlotRPNHead(**RPN, conv_cfg=dict(type='HalfActivated')), 2),
         (lambda: OtherRPNHead(**RPN), 2),
     ],
-    ids=['one', 'two', 't-shaped', 'spconv', 'other'],
+    ids=['one', 'two', 't-shaped', 'spconv', 'plug-in', 'other'],
 )
 def test_relu_of_rpn(build, count, tamed, monkeypatch):
     """It is part of the convolution where that is known, and left out then."""
@@ -156,12 +169,13 @@ def test_relu_of_rpn(build, count, tamed, monkeypatch):
     decoder = RPNDecoder(fuse.fuse(head))
     calls, relu = [], nn.functional.relu
     monkeypatch.setattr(
-        nn.functional, 'relu', lambda x: calls.append(x) or relu(x)
+        nn.functional, 'relu', lambda x, **_: calls.append(x) or relu(x)
     )
     for a, b in zip(decoder(maps), expected, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-    assert len(calls) == count
+    # that of the plug-in too
+    assert len(calls) == count * (1 + isinstance(head.rpn_conv, HalfActivated))
 
 
 @torch.no_grad()

@@ -20,10 +20,14 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from fasternet_det import FasterNet
+from fasternet_det import FasterNet, GhostNet
 from fasternet_det.backbones.g_ghost_regnet import Bottleneck
 from fasternet_det.deploy import optimize
+from fasternet_det.deploy.evaluate import calibration_batches
 from fasternet_det.deploy.int8 import (
+    RESULTS,
+    TRIALS,
+    BlockTrial,
     ByteMap,
     Int8Block,
     Int8Layer,
@@ -673,3 +677,75 @@ def test_t_shaped_convolutions_read_floats(tamed):
     x = random(2, 16, 20, 30, seed=9)
     noise = (fast(x) - model(x)).square().mean() / model(x).square().mean()
     assert noise.sqrt() < 0.05
+
+
+@torch.no_grad()
+def test_ghosts_join_shortcuts_in_bytes(tamed):
+    """Their sum is a new map: one of bytes would forget what is added."""
+    # Of its second block, the halves are too few for 8 bits.
+    model = tamed(GhostNet(0.5, out_indices=(1, 2, 4)))
+    fast = quantized(model, *images(4, 2, 3, 64, 96))
+    x = random(2, 3, 64, 96, seed=9)
+    for found, expected in zip(fast(x), model(x), strict=True):
+        noise = (found - expected).square().mean()
+        assert noise < 0.1**2 * expected.square().mean()
+
+
+@torch.no_grad()
+def test_block_that_stays_behind_others(tamed, monkeypatch):
+    """It writes to floats, not to a copy of bytes that others read."""
+    made = []
+
+    class Kept(BlockTrial):
+        def __init__(self, block):
+            super().__init__(block)
+            made.append(self)
+
+        def in_bytes(self):
+            return super().in_bytes() and self is not made[2]
+
+    monkeypatch.setitem(TRIALS, InPlaceBlock, Kept)
+    monkeypatch.setitem(RESULTS, Kept, Kept.result)
+    arch = dict(embed_dim=32, depths=(3, 1, 1, 1), act_cfg=dict(type='ReLU'))
+    model = tamed(FasterNet(arch))
+    fast = quantized(model, *images(4, 2, 3, 64, 96))
+    kinds = [type(block) for block in fast.stages[0].blocks]
+    assert kinds == [Int8Block, Int8Block, InPlaceBlock]
+    x = random(2, 3, 64, 96, seed=9)
+    for found, expected in zip(fast(x), model(x), strict=True):
+        assert error(found, expected) < 0.05
+
+
+class Again(nn.Module):
+    """One layer, run twice, its output added to what it read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(3):
+            x = self.conv(x) + x
+        return x
+
+
+@torch.no_grad()
+def test_layers_that_run_again():
+    torch.manual_seed(0)
+    model = Again().eval()
+    x = random(2, 8, 9, 7)
+    assert error(quantized(model, x)(x), model(x)) < 0.1
+
+
+@pytest.mark.parametrize(
+    'layer', [nn.Conv2d(8, 8, 1), nn.Linear(8, 8), ConvModule(8, 8, 1)]
+)
+def test_single_layers_are_refused(layer):
+    with pytest.raises(ValueError, match='wrap a single one in nn.Sequential'):
+        quantized(layer, random(1, 8, 9, 7))
+
+
+def test_config_without_training_set():
+    with pytest.raises(ValueError, match='no train_dataloader to take'):
+        next(calibration_batches(Config(dict(test_dataloader=dict())), 2))
