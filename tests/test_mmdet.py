@@ -228,4 +228,6 @@ def test_mim_reads_the_model_index():
         Config.fromfile(model.config).model.backbone.type
         for model in index.models
         if model.in_collection not in others
-    ) == dict(FasterNet=15, GGhostRegNet=8, DetectoRS_ResNet=1, ResNet=1)
+    ) == dict(
+        FasterNet=18, GhostNet=3, GGhostRegNet=8, DetectoRS_ResNet=1, ResNet=1
+    )

@@ -86,7 +86,9 @@ def test_layer(
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize('conv_cfg', LAYERS)
+@pytest.mark.parametrize(
+    'conv_cfg', [c for c in LAYERS if c['type'] != 'TShapedConv']
+)
 def test_mmcvs_folding_is_wrong(conv_cfg, tamed):
     """Which is why this one exists: on SPConv it fails or changes values."""
     module = ConvModule(
