@@ -312,7 +312,7 @@ def test_all_runners_have_a_command():
 @pytest.mark.deploy
 def test_snippet_of_the_fast_form(tamed):
     (code,) = re.findall(
-        r'```python\n(import torch\n.*? optimize\n.*?)```', GUIDES, re.S
+        r'```python\n(import torch\n.*? optimize\n.*?)```', README, re.S
     )
     model = tamed(fasternet_det.FasterNet())
     names = dict(model=model)

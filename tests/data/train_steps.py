@@ -57,7 +57,7 @@ def classifier(model):
         model,
         dict(
             constructor='LearningRateDecayOptimWrapperConstructor',
-            optimizer=dict(type='AdamW', lr=1.0),
+            optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05),
             paramwise_cfg=dict(layer_decay_rate=0.5),
         ),
     )

@@ -1,5 +1,6 @@
 """A batch of N images gives what N single images give, in every form."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def batch():
 
 
 def predict(form, images, samples):
+    samples = copy.deepcopy(samples)  # to which mmdet adds what it finds
     with torch.no_grad():
         return [s.pred_instances for s in form.predict(images, samples)]
 

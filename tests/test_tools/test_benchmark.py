@@ -386,7 +386,7 @@ def test_scaling_and_report(monkeypatch, tmp_path):
         '\nMALLOC_TRIM_THRESHOLD_=99 python tools/benchmark scaling '
         'fasternet-t0 --rounds 1 '
     ) in text
-    assert (tmp_path / 'page_1_scaling.png').stat().st_size < 150_000
+    assert (tmp_path / 'page_2_scaling.png').stat().st_size < 150_000
     with pytest.raises(SystemExit, match='2'):
         run(monkeypatch, 'report', tmp_path / 'none', '--out', page)
 
