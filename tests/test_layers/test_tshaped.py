@@ -94,6 +94,7 @@ def test_bad_arguments(args, kwargs, named):
         TShapedConv(8, 6, 3, alpha=0.5)
 
 
+@pytest.mark.deploy
 @torch.no_grad()
 @pytest.mark.parametrize('layout', [torch.channels_last, None])
 @pytest.mark.parametrize('stride', [1, 2])
@@ -116,6 +117,7 @@ def test_fast_form_keeps_its_input(layout, stride, dilation, tamed):
         assert torch.equal(x, before)
 
 
+@pytest.mark.deploy
 @torch.no_grad()
 def test_weights_that_hooks_compute(tamed):
     layer = TShapedConv(8, 8, 3)
