@@ -14,7 +14,6 @@ from fasternet_det.deploy import fuse, operators, optimize
 from fasternet_det.deploy.decode import RPNDecoder, _predicts_by_class
 from fasternet_det.deploy.operators import FusedConv2d, FusedUpsample
 
-pytestmark = pytest.mark.deploy
 BN, GN = dict(type='BN'), dict(type='GN', num_groups=2)
 TINY = dict(depths=(2, 2, 2, 2), widths=(8, 16, 24, 32), group_width=8)
 
