@@ -33,7 +33,6 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .blocks import FastTShapedConv
 from .fuse import Builder, fuse
 from .operators import (
     FusedConv2d,
@@ -157,6 +156,8 @@ class _Map(Tensor):
             out = getattr(x, name)(func, *args[1:])
         is_in_place = x is not None and func._schema.is_mutable
         if out is None:
+            if x is not None and func.is_view:
+                x.forget()
             args, kwargs = as_floats((args, kwargs or {}))
             out = func(*args, **kwargs)
             if is_in_place:
@@ -184,6 +185,10 @@ def as_floats(value: Any) -> Any:
 
 class ByteMap(_Map):
     """A map of bytes on a :class:`Scale`."""
+
+    def forget(self) -> None:
+        """Keep the floats alone: somebody may write to a view of them."""
+        self.held, self.key = self.floats(), None
 
     def floats(self) -> Tensor:
         """The map as a plain tensor, kept for other readers."""
@@ -285,6 +290,9 @@ class Observed(_Map):
             self.key.readers.add(reader)
             self.key.is_signed |= not self.is_rectified
         return self.held
+
+    def forget(self) -> None:
+        """It holds the floats that a view is of."""
 
     def floats(self) -> Tensor:
         """The map as a plain tensor."""
@@ -585,8 +593,6 @@ class BlockTrial(Trial):
         if self.in_bytes():
             return self.form()
         self.layer.partial_conv3, self.layer.expand = self.layers[:2]
-        # It writes to its input.
-        self.layer.register_forward_pre_hook(_floats_before)
         return self.layer
 
     def forward(self, x: Tensor) -> Observed:  # noqa: D102
@@ -620,10 +626,6 @@ RESULTS: Dict[type, Builder] = {
 
 
 # ---- models
-
-
-def _floats_before(module: nn.Module, args: tuple) -> tuple:
-    return as_floats(args)
 
 
 def _floats_after(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -687,8 +689,6 @@ def quantize(model: nn.Module, last: nn.Module, batches: List[Any]) -> None:
     for module in model.modules():
         names = predictors(module) or ()
         known |= {c: c for n, c in module.named_children() if n in names}
-        if isinstance(module, FastTShapedConv):  # it writes to its input
-            module.register_forward_pre_hook(_floats_before)
     last.register_forward_hook(_floats_after)
     fuse(model, known, TRIALS)
     trials = {

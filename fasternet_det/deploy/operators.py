@@ -65,12 +65,14 @@ def kernel_dtypes() -> FrozenSet[torch.dtype]:
     if kernels._is_mkldnn_bf16_supported():
         dtypes.add(torch.bfloat16)
     kernels = torch.ops.onednn
-    names = ('qconv2d_pointwise', 'qlinear_pointwise')
-    if all(hasattr(kernels, name) for name in names):
-        # Older torch has its arguments in another order.
-        schema = kernels.qconv2d_pointwise.binary._schema
-        if [a.name for a in schema.arguments].index('qaccum') == 6:
-            dtypes.add(torch.int8)
+    conv = getattr(kernels, 'qconv2d_pointwise', None)
+    # Older torch has the weight behind what it is added to.
+    if (
+        hasattr(kernels, 'qlinear_pointwise')
+        and hasattr(conv, 'binary')
+        and conv.binary._schema.arguments[3].name == 'qw'
+    ):
+        dtypes.add(torch.int8)
     return frozenset(dtypes)
 
 
@@ -360,11 +362,7 @@ class InPlaceBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Overwrite a map of shape (N, C, H, W) with the block's output."""
-        first = x[:, : self.dim_conv3].contiguous(
-            memory_format=_memory_format(x)
-        )
-        if first.data_ptr() == x.data_ptr():  # a view, where N is 1
-            first = first.clone()
+        first = x[:, : self.dim_conv3].clone(memory_format=_memory_format(x))
         mixed = self.partial_conv3(first)
         for out, mix, old in self._tiles(x, mixed, first):
             out[:, : self.dim_conv3] = mix
