@@ -1,7 +1,5 @@
 """SPConv, a slimmer 3x3 convolution."""
 
-from typing import Any, Optional, Tuple, Union
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,26 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-Size = Union[int, Tuple[int, int]]
-
-
-def check_geometry(layer: nn.Module, **arguments: Tuple[Size, list]) -> None:
-    """Refuse what a layer in the place of a convolution cannot be.
-
-    Args:
-        layer (nn.Module): The layer.
-        **arguments: Each argument's value, and the pairs that serve.
-
-    Raises:
-        ValueError: If one is none of them.
-    """
-    for name, (value, served) in arguments.items():
-        if _pair(value) not in served:
-            raise ValueError(
-                f'{type(layer).__name__} got {name}={value!r}, expected '
-                f'{" or ".join(str(pair[0]) for pair in served)}: it stands '
-                'in for padded 3x3 convolutions, of stride 1 or 2'
-            )
+from .plugin import PluginConv, Size
 
 
 def halve(x: Tensor) -> Tensor:
@@ -61,7 +40,7 @@ def mixing_weights(x: Tensor, y: Tensor) -> Tensor:
 
 # The root registry: those of mmdet and all others fall back to it.
 @MODELS.register_module()
-class SPConv(nn.Module):
+class SPConv(PluginConv):
     """Split-based convolution, in place of a 3x3 ``nn.Conv2d``.
 
     From `Split to Be Slim: An Overlooked Redundancy in Vanilla Convolution
@@ -96,26 +75,9 @@ class SPConv(nn.Module):
         ValueError: If it cannot serve.
     """
 
-    # What mmcv's ConvModule reads, beside the attributes set below.
-    kernel_size = (3, 3)
+    own_options = ('alpha', 'norm_cfg')
     padding = (1, 1)
     dilation = (1, 1)
-    output_padding = (0, 0)
-    groups = 1
-    transposed = False
-
-    def __new__(
-        cls,
-        *args: Any,
-        alpha: float = 0.5,
-        norm_cfg: Optional[dict] = None,
-        **kwargs: Any,
-    ) -> nn.Module:
-        """Make an SPConv, or an ``nn.Conv2d`` of kernel size 1."""
-        kernel_size = kwargs.get('kernel_size', *args[2:3])
-        if kernel_size in (1, (1, 1)):
-            return nn.Conv2d(*args, **kwargs)
-        return super().__new__(cls)
 
     def __init__(
         self,
@@ -132,8 +94,7 @@ class SPConv(nn.Module):
         norm_cfg: dict = dict(type='BN'),
     ) -> None:
         super().__init__()
-        check_geometry(
-            self,
+        self._check_geometry(
             kernel_size=(kernel_size, [(3, 3)]),
             stride=(stride, [(1, 1), (2, 2)]),
             padding=(padding, [(1, 1)]),

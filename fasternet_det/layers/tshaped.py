@@ -1,19 +1,17 @@
 """TShapedConv, FasterNet's own operator in place of a 3x3 convolution."""
 
-from typing import Any
-
 import torch
 import torch.nn as nn
 from mmengine.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .spconv import Size, check_geometry
+from .plugin import PluginConv, Size
 
 
 # The root registry: those of mmdet and all others fall back to it.
 @MODELS.register_module()
-class TShapedConv(nn.Module):
+class TShapedConv(PluginConv):
     """T-shaped convolution, in place of a 3x3 ``nn.Conv2d``.
 
     From `Run, Don't Walk: Chasing Higher FLOPS for Faster Neural Networks
@@ -46,20 +44,7 @@ class TShapedConv(nn.Module):
         ValueError: If it cannot serve.
     """
 
-    # What mmcv's ConvModule reads, beside the attributes set below.
-    kernel_size = (3, 3)
-    output_padding = (0, 0)
-    groups = 1
-    transposed = False
-
-    def __new__(
-        cls, *args: Any, ratio: float = 0.25, **kwargs: Any
-    ) -> nn.Module:
-        """Make a TShapedConv, or an ``nn.Conv2d`` of kernel size 1."""
-        kernel_size = kwargs.get('kernel_size', *args[2:3])
-        if kernel_size in (1, (1, 1)):
-            return nn.Conv2d(*args, **kwargs)
-        return super().__new__(cls)
+    own_options = ('ratio',)
 
     def __init__(
         self,
@@ -75,8 +60,7 @@ class TShapedConv(nn.Module):
         ratio: float = 0.25,
     ) -> None:
         super().__init__()
-        check_geometry(
-            self,
+        self._check_geometry(
             kernel_size=(kernel_size, [(3, 3)]),
             stride=(stride, [(1, 1), (2, 2)]),
             padding=(padding, [_pair(dilation)]),
