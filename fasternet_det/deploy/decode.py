@@ -246,7 +246,11 @@ def _select(
     if not _recording():
         kept = [boxes.new_zeros(0, dtype=torch.long)]
         nms_cfg = dict(cfg.nms)
-        if len(groups) and not cfg.nms.get('class_agnostic', False):
+        if (
+            boxes.device.type == 'cpu'
+            and len(groups)
+            and not cfg.nms.get('class_agnostic', False)
+        ):
             # Group by group is faster where many boxes are of few groups.
             few = 200 * int(groups.max() + 1)
             nms_cfg['split_thr'] = min(few, 10000)
@@ -678,7 +682,8 @@ class RoIDecoder(Decoder):
 
     def _masks(self, maps: Sequence[Tensor], found: Found) -> Tensor:
         """Probabilities (R, h, w), the mean over the stages."""
-        rows, rois = torch.arange(found.images.shape[0]), found.rois()
+        images, rois = found.images, found.rois()
+        rows = torch.arange(images.shape[0], device=images.device)
         if rows.shape[0] == 0:
             return found.scores[:, None, None]
         total, heads = 0, _listed(self.mask_head)

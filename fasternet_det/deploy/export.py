@@ -1,5 +1,6 @@
 """Export to ONNX and OpenVINO, and running what was exported."""
 
+import copy
 import json
 import os
 import re
@@ -165,7 +166,7 @@ def to_onnx(
             f'expected an opset from {OLDEST_OPSET} to {newest} for this '
             f'{type(model).__name__}, got {opset}'
         )
-    folded = fold(model)
+    folded = fold(model).cpu()
     for name, module in folded.named_modules():
         # BFP pools one level to the size of another.
         if isinstance(module, BFP) or (
@@ -193,7 +194,7 @@ def to_onnx(
     images = torch.zeros(2, in_channels, 384, 512)
     pixels = preprocessor is not None
     program = torch.export.export(
-        Pixels(graph, preprocessor) if pixels else graph,
+        Pixels(graph, copy.deepcopy(preprocessor).cpu()) if pixels else graph,
         (images.byte() if pixels else images,),
         dynamic_shapes=({dim: torch.export.Dim.DYNAMIC for dim in DIMS},),
     )

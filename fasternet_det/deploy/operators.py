@@ -240,10 +240,14 @@ class Predictor(FusedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) of any dtype to (N, C_out, H', W')."""
-        rows = x.shape[2]
-        if x.dtype != torch.float32 and self.kernel_size == (1, 1):
-            rows = _rows(rows, 4 * x.numel())  # what is cast stays in cache
         forward = super().forward
+        if (
+            x.dtype == torch.float32
+            or x.device.type != 'cpu'
+            or self.kernel_size != (1, 1)
+        ):
+            return forward(x.float())
+        rows = _rows(x.shape[2], 4 * x.numel())  # what is cast stays in cache
         return torch.cat([forward(t.float()) for t in x.split(rows, 2)], 2)
 
 
@@ -290,7 +294,7 @@ class FusedUpsample(FusedConv2d):
         return interleave(super().forward(x))
 
     def logits(self, x: Tensor, predictor: nn.Module, of: Tensor) -> Tensor:
-        """Predict one class of each map, a few maps at a time.
+        """Predict one class of each map, on a CPU a few maps at a time.
 
         Args:
             x (Tensor): Feature maps of shape (N, C_in, H, W).
@@ -301,11 +305,12 @@ class FusedUpsample(FusedConv2d):
             Tensor: Of shape (N, 2H, 2W).
         """
         weight = predictor.weight.flatten(1)[of][..., None]  # N, C_out, 1
-        size = self.out_channels * x[:1, 0].numel() * x.itemsize
+        count = len(x)
+        if x.device.type == 'cpu':
+            size = self.out_channels * x[:1, 0].numel() * x.itemsize
+            count = max(TILE // size, 1)
         parts = []
-        for maps, kernel in zip(
-            x.split(max(TILE // size, 1)), weight.split(max(TILE // size, 1))
-        ):
+        for maps, kernel in zip(x.split(count), weight.split(count)):
             quads = self._quads(maps)
             out = quads.flatten(1, 4) @ kernel  # N, H * W * 4, 1
             parts.append(out.reshape(quads.shape[:-1]))
@@ -422,7 +427,7 @@ class FastRoIAlign(RoIAlign):
     around them: an embedding bag, which torch vectorises over the channels
     and runs on all cores. It computes in float32. Mask R-CNN, arXiv
     1703.06870, Sec. 3; equal to mmcv's average RoIAlign with as many samples
-    as a bin has pixels (``sampling_ratio=0``).
+    as a bin has pixels (``sampling_ratio=0``), which computes elsewhere.
     """
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
@@ -434,8 +439,11 @@ class FastRoIAlign(RoIAlign):
                 of shape (K, 5).
 
         Returns:
-            Tensor: Of shape (K, C, *output_size), in channels_last.
+            Tensor: Of shape (K, C, *output_size), on a CPU in channels_last.
         """
+        if input.device.type != 'cpu':  # mmcv's kernel reads (N, C, H, W)
+            x = input.float().contiguous()
+            return super().forward(x, rois).to(input.dtype)
         channels, height, width = input.shape[1:]
         image = rois[:, 0].long() * (height * width)
         boxes = rois[:, 1:] * self.spatial_scale - 0.5 * self.aligned
