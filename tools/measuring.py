@@ -30,11 +30,19 @@ def use_threads(threads: int = 0) -> int:
     return torch.get_num_threads()
 
 
+def synchronize() -> None:
+    """Wait for the GPU, where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds_of(run: Run, calls: int = 1) -> float:
     """Time calls, in seconds for one."""
+    synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         run()
+    synchronize()
     return (time.perf_counter() - start) / calls
 
 
