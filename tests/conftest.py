@@ -50,6 +50,7 @@ def pytest_configure(config):
     for marker in (
         f'deploy: needs torch {MINIMUM_TORCH} or later',
         f'torchvision: needs torch {PINNED_TORCH}',
+        'gpu: needs a GPU',
     ):
         config.addinivalue_line('markers', marker)
 
@@ -57,6 +58,8 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker('deploy') and IS_OLD:
         pytest.skip(f'deploy needs torch {MINIMUM_TORCH}')
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('there is no GPU')
     if item.get_closest_marker('torchvision') and not IS_PINNED:
         pytest.skip(f'the torchvision at hand is for torch {PINNED_TORCH}')
 
