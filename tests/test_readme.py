@@ -263,6 +263,13 @@ def run_elsewhere(command, reader, tmp_path):
     assert re.search(call, test), f'no test of {tool} runs {command}'
 
 
+def run_on_gpu(command, reader, tmp_path):
+    """A test of its own runs it, also small and without a GPU."""
+    test = (ROOT / 'tests' / 'test_gpu.py').read_text()
+    assert command.split()[2] == '--out' and (ROOT / 'tools/gpu.py').is_file()
+    assert "gpu.main(['--device', device, '--out'" in test
+
+
 RUNNERS = {
     'make demo': run_demo,
     'make test': run_tests,
@@ -279,6 +286,7 @@ RUNNERS = {
     'fasternet-det benchmark': run_elsewhere,
     'fasternet-det compare': run_elsewhere,
     'fasternet-det convert': run_convert,
+    'python tools/gpu.py': run_on_gpu,
 }
 
 
