@@ -34,6 +34,15 @@ class FasterCocoMetric(CocoMetric):
         """Compute the metrics, as mmdet's does."""
         from faster_coco_eval.core.faster_eval_api import COCOeval
 
+        class Evaluation(COCOeval):
+            def summarize(self) -> None:
+                super().summarize()
+                # pycocotools', and so mmdet's, whatever proposal_nums are
+                counted = 100 in self.params.maxDets
+                self.stats[0] = (
+                    self._summarize(1, maxDets=100) if counted else -1
+                )
+
         # mmdet's leaves no place for another class.
-        with patch.object(coco_metric, 'COCOeval', COCOeval):
+        with patch.object(coco_metric, 'COCOeval', Evaluation):
             return super().compute_metrics(results)
