@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmdet.evaluation import CocoMetric
 from mmdet.evaluation.metrics import coco_metric
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
 
@@ -133,6 +134,13 @@ def test_without_the_package(data, monkeypatch):
         FasterCocoMetric(ann_file=str(data / 'val.json'))
 
 
-def test_page_names_the_version():
+def test_page(tmp_path):
+    """It names the version, and its line changes a config's metric alone."""
     page = (ROOT / 'docs' / 'evidence.md').read_text()
-    assert f'pip install --no-deps {PIN}' in page
+    assert f'`pip install --no-deps {PIN}`' in page
+    (line,) = re.findall(r'```python\n(.*FasterCocoMetric.*)\n```', page)
+    base = ROOT / 'configs' / 'mini' / 'retinanet_fasternet-t0_fpn_nuclei.py'
+    (tmp_path / 'my_config.py').write_text(f'_base_ = {str(base)!r}\n{line}\n')
+    cfg, plain = map(Config.fromfile, (tmp_path / 'my_config.py', base))
+    for key in ('val_evaluator', 'test_evaluator'):
+        assert cfg[key] == dict(plain[key], type='FasterCocoMetric')
