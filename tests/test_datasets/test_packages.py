@@ -29,20 +29,30 @@ KNOWN = {
 
 
 @pytest.fixture(scope='module')
-def roots(registry, tmp_path_factory):
-    """Both data sets, by way of the packages."""
-    folder = tmp_path_factory.mktemp('data')
-    for module in (craters, hela):
-        module.convert(str(folder / module.__name__.split('.')[-1]))
-    return folder
+def made(registry, tmp_path_factory):
+    """Both data sets, and what the packages held."""
+    folder, files = tmp_path_factory.mktemp('data'), {}
+    for data, module in dict(craters=craters, hela=hela).items():
+
+        def keep(data=data, **kwargs):
+            files[data] = fetch(**kwargs)
+            return files[data]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, 'fetch', keep)
+            module.convert(str(folder / data))
+    return folder, files
 
 
 @pytest.fixture(scope='module')
-def circles(registry):
+def roots(made):
+    return made[0]
+
+
+@pytest.fixture(scope='module')
+def circles(made):
     """The annotated circles: x, y and diameter."""
-    (table,) = fetch(
-        **craters.PACKAGE, members=[f'{craters.SAMPLE}_labels.csv']
-    )
+    _, table = made[1]['craters']
     return np.loadtxt(io.BytesIO(table), delimiter=',', skiprows=1)
 
 
@@ -127,15 +137,12 @@ def test_paint_keeps_overlapping_discs_apart():
         assert np.array_equal((labels == label).any(0), disc)
 
 
-def test_hela_is_the_film(roots, registry):
+def test_hela_is_the_film(made):
     """Pixels of 8 bits of the camera's, and masks of one label each."""
-    content = fetch(
-        **hela.PACKAGE,
-        members=[f'{hela.SAMPLE}_{name}.tif' for name in ('img', 'ERR_SEG')],
-    )
+    roots, files = made
     film, labels = (
         cv2.imdecodemulti(np.frombuffer(c, np.uint8), cv2.IMREAD_UNCHANGED)[1]
-        for c in content
+        for c in files['hela']
     )
     assert sum(len(np.unique(frame)) - 1 for frame in labels) == 3271
     # Nothing lies in the source's edge alone: cutting it off loses none.
