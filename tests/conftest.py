@@ -186,6 +186,22 @@ def relative(request, tamed):
 
 
 @pytest.fixture(scope='session')
+def registry(tmp_path_factory):
+    """Skip where pip reaches no package index."""
+    folder = tmp_path_factory.mktemp('registry')
+    done = subprocess.run(
+        [
+            *(sys.executable, '-m', 'pip', '-q', 'download', '--no-deps'),
+            *('--dest', folder, 'colorama==0.4.6'),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip(f'pip reaches no package index: {done.stderr[-500:]}')
+
+
+@pytest.fixture(scope='session')
 def site(tmp_path_factory):
     """A folder with our wheel installed, made by way of an sdist."""
     source = tmp_path_factory.mktemp('source') / 'fasternet_det'

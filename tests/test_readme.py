@@ -270,12 +270,21 @@ def run_on_gpu(command, reader, tmp_path):
     assert "gpu.main(['--device', device, '--out'" in test
 
 
+def run_download(command, reader, tmp_path):
+    """A test of their own runs them, where there is a network."""
+    name = command.split()[2].rpartition('.')[2]
+    test = (ROOT / 'tests/test_datasets/test_packages.py').read_text()
+    assert re.search(rf'import .*\b{name}\b', test)
+
+
 RUNNERS = {
     'make demo': run_demo,
     'make test': run_tests,
     'pip install': run_install,
     'python tools/install_mmcv.py': run_install_mmcv,
     'python -m fasternet_det.datasets.nuclei': run_data,
+    'python -m fasternet_det.datasets.craters': run_download,
+    'python -m fasternet_det.datasets.hela': run_download,
     'fasternet-det train': run_train,
     'fasternet-det export': run_export,
     'fasternet-det predict': run_predict,

@@ -1,4 +1,4 @@
-"""Compare the backbones on the nuclei: train all, by one recipe, and measure.
+"""Compare backbones: train all, by one recipe, and measure.
 
 Writes to the work directory: ``results.json``, what was measured; ``table.md``
 and ``compare.png``. A run that is there already is not repeated.
@@ -26,23 +26,42 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
+from mmengine.runner import set_random_seed
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {
-    name: ROOT / 'configs' / 'mini' / f'mask-rcnn_{file}_nuclei.py'
-    for name, file in {
-        'FasterNet-T0': 'fasternet-t0_fpn',
-        'FasterNet-T0, T-shaped neck and heads': 'fasternet-t0_fpn-t',
-        'FasterNet-T0, SPConv neck and heads': 'fasternet-t0_fpn-spconv',
-        'GhostNet': 'ghostnet-1.0x_fpn',
-        'G-Ghost RegNetX-200MF': 'g-ghost-regnetx-200MF_fpn',
-        'G-Ghost RegNetX-400MF': 'g-ghost-regnetx-400MF_fpn',
-        'ResNet-18': 'r18_fpn',
-        'ResNet-18 + SPConv': 'r18-spconv_fpn',
-        'ResNet-18 + SAConv': 'r18-saconv_fpn',
-    }.items()
-}
-METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
+MINI = ROOT / 'configs' / 'mini'
+# What is compared, by its name; after "GROUP: ", it has a table of its own.
+COMPARISONS = dict(
+    relatives={
+        name: MINI / f'mask-rcnn_{file}_nuclei.py'
+        for name, file in {
+            'FasterNet-T0': 'fasternet-t0_fpn',
+            'FasterNet-T0, T-shaped neck and heads': 'fasternet-t0_fpn-t',
+            'FasterNet-T0, SPConv neck and heads': 'fasternet-t0_fpn-spconv',
+            'GhostNet': 'ghostnet-1.0x_fpn',
+            'G-Ghost RegNetX-200MF': 'g-ghost-regnetx-200MF_fpn',
+            'G-Ghost RegNetX-400MF': 'g-ghost-regnetx-400MF_fpn',
+            'ResNet-18': 'r18_fpn',
+            'ResNet-18 + SPConv': 'r18-spconv_fpn',
+            'ResNet-18 + SAConv': 'r18-saconv_fpn',
+        }.items()
+    },
+    evidence={
+        f'{data}, {detector}: {name}': MINI
+        / f'{file.format(stem)}_{data.lower()}.py'
+        for data, (detector, file), (name, stem) in product(
+            ('craters', 'HeLa'),
+            {'Mask R-CNN': 'mask-rcnn_{}_fpn', 'RTMDet': 'rtmdet_{}'}.items(),
+            {
+                'FasterNet-T0': 'fasternet-t0',
+                'GhostNet': 'ghostnet-1.0x',
+                'MobileNetV2': 'mobilenetv2',
+                'ResNet-18': 'r18',
+            }.items(),
+        )
+    },
+)
+METRICS = {'box AP': 'bbox', 'mask AP': 'segm'}
 SIDE = 256  # of the images, as the configs resize them
 
 
@@ -80,7 +99,11 @@ def train(config: Config, folder: Path, threads: int) -> Dict[str, Any]:
         checkpoint=(folder / 'last_checkpoint').read_text(),
         iterations=entries[-1]['step'],
         # mmdet reports nothing of a model that found nothing.
-        **{name: entries[-1].get(key, 0.0) for name, key in METRICS.items()},
+        **{
+            name: entries[-1].get(f'coco/{kind}_mAP', 0.0)
+            for name, kind in METRICS.items()
+            if kind in config.val_evaluator.metric
+        },
     )
     result_path.write_text(json.dumps(result))
     return result
@@ -102,24 +125,26 @@ def measure_times(
         name: init_detector(config, checkpoints[name], device='cpu')
         for name, config in configs.items()
     }
-    cfg = next(iter(configs.values()))
-    image = pseudo_collate([DATASETS.build(cfg.test_dataloader.dataset)[0]])
+    images, batches = {}, {}
+    for name, cfg in configs.items():
+        set_random_seed(0)  # as augmentation draws
+        loaders = cfg.test_dataloader, cfg.train_dataloader
+        test, train = (DATASETS.build(loader.dataset) for loader in loaders)
+        images[name] = pseudo_collate([test[0]])
+        batches[name] = pseudo_collate(
+            [train[i] for i in range(cfg.train_dataloader.batch_size)]
+        )
     with torch.no_grad():
         latencies = take_turns(
-            {name: partial(m.test_step, image) for name, m in models.items()},
+            {n: partial(m.test_step, images[n]) for n, m in models.items()},
             rounds,
         )
-    torch.manual_seed(0)
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    batch = pseudo_collate(
-        [dataset[i] for i in range(cfg.train_dataloader.batch_size)]
-    )
     steps = take_turns(
         {
             name: partial(
                 model.train().train_step,
-                batch,
-                build_optim_wrapper(model, cfg.optim_wrapper),
+                batches[name],
+                build_optim_wrapper(model, configs[name].optim_wrapper),
             )
             for name, model in models.items()
         },
@@ -136,33 +161,60 @@ def spread(values: List[float]) -> str:
     return f'{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})'
 
 
+def by_group(results: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """Sort the results by their names' groups; '' is that of the others."""
+    groups = {}
+    for key, result in results.items():
+        group, _, name = key.rpartition(': ')
+        groups.setdefault(group, {})[name] = result
+    return groups
+
+
 def make_table(results: Dict[str, Dict[str, Any]]) -> str:
-    """Write the results as a table in Markdown."""
-    header = [
-        *('backbone', *METRICS, 'params (M)', 'FLOPs (G)', 'latency (ms)'),
-        'training (min)',
-    ]
-    rows = [
-        [
-            name,
-            *(spread(result[metric]) for metric in METRICS),
-            f'{result["params"] / 1e6:.2f}',
-            f'{result["flops"] / 1e9:.2f}',
-            f'{result["latency"]:.0f}',
-            f'{result["step"] * result["iterations"] / 60_000:.1f}',
+    """Write the results as tables in Markdown, one for each group."""
+    parts = []
+    for group, own in by_group(results).items():
+        metrics = [m for m in METRICS if m in next(iter(own.values()))]
+        header = [
+            *('backbone', *metrics, 'params (M)', 'FLOPs (G)'),
+            *('latency (ms)', 'training (min)'),
         ]
-        for name, result in results.items()
-    ]
-    return table(header, rows) + '\n'
+        rows = [
+            [
+                name,
+                *(spread(result[metric]) for metric in metrics),
+                f'{result["params"] / 1e6:.2f}',
+                f'{result["flops"] / 1e9:.2f}',
+                f'{result["latency"]:.0f}',
+                f'{result["step"] * result["iterations"] / 60_000:.1f}',
+            ]
+            for name, result in own.items()
+        ]
+        title = f'{group}:\n\n' if group else ''
+        parts.append(f'{title}{table(header, rows)}\n')
+    return '\n'.join(parts)
 
 
 def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:
     """Draw AP over latency; bars from the lowest to the highest seed."""
+    panels = [
+        (group, metric, own)
+        for group, own in by_group(results).items()
+        for metric in METRICS
+        if metric in next(iter(own.values()))
+    ]
+    rows = -(-len(panels) // 2)
     figure, axes = plt.subplots(
-        1, len(METRICS), figsize=(10, 4.5), sharey=True, layout='constrained'
+        *(rows, 2),
+        figsize=(10, 4.5 * rows),
+        sharey='row',
+        layout='constrained',
+        squeeze=False,
     )
-    for axis, metric in zip(axes, METRICS):
-        for name, result in results.items():
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (group, metric, own) in zip(axes.flat, panels):
+        for name, result in own.items():
             aps = result[metric]
             low, high = mean(aps) - min(aps), max(aps) - mean(aps)
             axis.errorbar(
@@ -175,9 +227,10 @@ def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:
             )
         axis.margins(x=0.1)
         axis.set(xlabel='latency (ms)', ylabel=metric, xlim=(0, None))
+        axis.set_title(group)
         axis.grid(alpha=0.3)
     figure.legend(
-        *axes[0].get_legend_handles_labels(),
+        *axes[0, 0].get_legend_handles_labels(),
         loc='outside upper center',
         ncols=3,
     )
@@ -187,6 +240,13 @@ def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('work_dir', type=Path)
+    parser.add_argument(
+        '--comparison',
+        choices=COMPARISONS,
+        default='relatives',
+        help='of all backbones on the nuclei, or of four on two more data '
+        'sets in two detectors (default: relatives)',
+    )
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument(
         '--rounds',
@@ -209,16 +269,18 @@ def main() -> None:
         help="changes to all configs, as train.py's",
     )
     args = parser.parse_args()
+    paths = COMPARISONS[args.comparison]
     configs = {}
-    for name, path in CONFIGS.items():
+    for name, path in paths.items():
         configs[name] = Config.fromfile(path)
         configs[name].merge_from_dict(args.cfg_options)
-    data = Path(next(iter(configs.values())).data_root)
-    if not data.is_dir():
-        parser.error(
-            f'there is no {data}: run python -m fasternet_det.datasets.nuclei '
-            f'{data}'
-        )
+    for config in configs.values():
+        data = Path(config.data_root)
+        if not data.is_dir():
+            parser.error(
+                f'there is no {data}: run python -m '
+                f'fasternet_det.datasets.{data.name} {data}'
+            )
     for option in ('rounds', 'jobs'):
         if getattr(args, option) < 1:
             parser.error(f'--{option}: expected at least 1')
@@ -228,9 +290,7 @@ def main() -> None:
     for name, seed in product(configs, args.seeds):
         config = copy.deepcopy(configs[name])
         config.merge_from_dict({'randomness.seed': seed})
-        runs.append(
-            (config, args.work_dir / CONFIGS[name].stem / f'seed{seed}')
-        )
+        runs.append((config, args.work_dir / paths[name].stem / f'seed{seed}'))
     with ThreadPoolExecutor(args.jobs) as pool:
         scores = list(pool.map(lambda run: train(*run, threads), runs))
     results, checkpoints = {}, {}
@@ -242,7 +302,7 @@ def main() -> None:
             params=params,
             flops=flops,
             iterations=own[0]['iterations'],
-            **{key: [score[key] for score in own] for key in METRICS},
+            **{k: [score[k] for score in own] for k in METRICS if k in own[0]},
         )
     for name, times in measure_times(
         configs, checkpoints, args.rounds

@@ -7,28 +7,18 @@ Usage:
 
 import argparse
 from pathlib import Path
-from typing import Iterator, Tuple
 
 import cv2
-import mmengine
 import numpy as np
-from pycocotools import mask as mask_utils
+
+from .tiles import Region, cut, write
 
 SOURCE = Path(__file__).parent / 'nuclei_data'
-TILE = 128  # pixels
-SPLIT = 384  # training tiles lie left of this column, validation tiles right
-STRIDE = dict(train=64, val=TILE)  # training tiles overlap each other
+SPLITS = dict(  # left and right of a column
+    train=Region(0, 0, 384, 512), val=Region(384, 0, 512, 512)
+)
 KINDS = ('grey', '16bit', '4channel')
 BLURS = (1, 2, 4)  # sigmas in pixels of the second channel and on
-MIN_REMAINS = 0.4  # of a nucleus's area, for one cut by a tile's edge to count
-
-
-def _tiles(split: str, height: int, width: int) -> Iterator[Tuple[int, int]]:
-    """Top left corners (x, y) of a split's tiles, in pixels."""
-    left, right = (0, SPLIT) if split == 'train' else (SPLIT, width)
-    for y in range(0, height - TILE + 1, STRIDE[split]):
-        for x in range(left, right - TILE + 1, STRIDE[split]):
-            yield x, y
 
 
 def _of_kind(tile: np.ndarray, kind: str) -> np.ndarray:
@@ -63,52 +53,12 @@ def convert(out_dir: str, kind: str = 'grey') -> None:
         raise ValueError(f'kind={kind!r} is not one of {", ".join(KINDS)}')
     image = cv2.imread(str(SOURCE / 'image.png'), cv2.IMREAD_GRAYSCALE)
     labels = cv2.imread(str(SOURCE / 'mask.png'), cv2.IMREAD_UNCHANGED)
-    full_area = np.bincount(labels.ravel())
-    for split in STRIDE:
-        images, annotations = [], []
-        for x, y in _tiles(split, *labels.shape):
-            tile = np.s_[y : y + TILE, x : x + TILE]
-            name = f'x{x:03d}_y{y:03d}.png'
-            semantic = (labels[tile] > 0).astype(np.uint8)
-            for folder, pixels in (
-                (split, _of_kind(image[tile], kind)),
-                (f'annotations/{split}', semantic),
-            ):
-                path = Path(out_dir, folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if not cv2.imwrite(str(path), pixels):
-                    raise OSError(f'cannot write {path}')
-            images.append(
-                dict(id=len(images), file_name=name, width=TILE, height=TILE)
-            )
-            for label in np.unique(labels[tile]):
-                mask = labels[tile] == label
-                area = int(mask.sum())
-                if label == 0 or area < MIN_REMAINS * full_area[label]:
-                    continue
-                rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
-                annotations.append(
-                    dict(
-                        id=len(annotations) + 1,  # 0 would mean no match
-                        image_id=images[-1]['id'],
-                        category_id=1,
-                        iscrowd=0,
-                        area=area,
-                        bbox=mask_utils.toBbox(rle).tolist(),
-                        segmentation=dict(
-                            size=rle['size'], counts=rle['counts'].decode()
-                        ),
-                    )
-                )
-        mmengine.dump(
-            dict(
-                info=dict(description='Nuclei of StarDist (BSD-3)'),
-                images=images,
-                annotations=annotations,
-                categories=[dict(id=1, name='nucleus')],
-            ),
-            Path(out_dir, 'annotations', f'{split}.json'),
+    for split, region in SPLITS.items():
+        tiles = (
+            tile._replace(image=_of_kind(tile.image, kind))
+            for tile in cut(image, labels[None], split, region)
         )
+        write(out_dir, split, tiles, 'nucleus', 'Nuclei of StarDist (BSD-3)')
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 CONFIGS = Path(__file__).parents[2] / 'configs'
 LR_DECAY = CONFIGS / 'fasternet/mask-rcnn_fasternet-s_fpn_lr-decay-1x_coco.py'
 COCO = sorted({*CONFIGS.glob('fasternet/*_coco.py')} - {LR_DECAY})
-MINI = sorted(CONFIGS.glob('mini/*_fasternet-*.py'))
+MINI = sorted(CONFIGS.glob('mini/*_fasternet-*_nuclei*.py'))
 RTMDET = [p for p in COCO if p.stem.startswith('rtmdet')]
 DROP_PATH = dict(t0=0.0, t1=0.02, t2=0.05, s=0.15, m=0.2, l=0.3)
 # ImageNet files as their authors' release names them

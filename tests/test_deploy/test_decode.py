@@ -450,7 +450,8 @@ def test_export_of_heads(kind, runtimes, tmp_path):
 @pytest.mark.configs
 @pytest.mark.parametrize(
     'path',
-    sorted(OURS.glob('*/*_*coco*.py')) + sorted(OURS.glob('mini/*_*.py')),
+    sorted(OURS.glob('*/*_*coco*.py'))
+    + sorted(OURS.glob('mini/*_nuclei*.py')),
     ids=lambda path: path.stem,
 )
 def test_export_of_configs(path, tmp_path):

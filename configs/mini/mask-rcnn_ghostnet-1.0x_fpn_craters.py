@@ -1,0 +1,6 @@
+# Mask R-CNN with GhostNet on craters, from scratch.
+_base_ = './mask-rcnn_fasternet-t0_fpn_craters.py'
+model = dict(
+    backbone=dict(_delete_=True, type='GhostNet'),
+    neck=dict(in_channels=[24, 40, 112, 160]),
+)
