@@ -28,6 +28,7 @@ from .backbones import (  # noqa: E402
     SlotResNet,
 )
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
+from .exact_checkpoint_hook import ExactCheckpointHook  # noqa: E402
 from .layers import (  # noqa: E402
     ConvAWS2d,
     SAConv,
@@ -42,6 +43,7 @@ guard_mmengine()
 
 __all__ = [
     'ConvAWS2d',
+    'ExactCheckpointHook',
     'FasterNet',
     'GGhostRegNet',
     'GhostNet',
