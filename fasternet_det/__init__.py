@@ -28,6 +28,7 @@ from .backbones import (  # noqa: E402
     SlotResNet,
 )
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
+from .distributed import serve_cpus  # noqa: E402
 from .layers import (  # noqa: E402
     ConvAWS2d,
     SAConv,
@@ -39,6 +40,7 @@ from .rpn_head import SlotRPNHead  # noqa: E402
 from .unpickler import guard_mmengine  # noqa: E402
 
 guard_mmengine()
+serve_cpus()
 
 __all__ = [
     'ConvAWS2d',
