@@ -28,6 +28,7 @@ from .backbones import (  # noqa: E402
     SlotResNet,
 )
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
+from .distributed import serve_cpus  # noqa: E402
 from .exact_checkpoint_hook import ExactCheckpointHook  # noqa: E402
 from .layers import (  # noqa: E402
     ConvAWS2d,
@@ -40,6 +41,7 @@ from .rpn_head import SlotRPNHead  # noqa: E402
 from .unpickler import guard_mmengine  # noqa: E402
 
 guard_mmengine()
+serve_cpus()
 
 __all__ = [
     'ConvAWS2d',

@@ -4,10 +4,16 @@ Each is a process that mmengine's Runner trains in, on real images; they are
 forked from one that has imported everything.
 """
 
-import logging
+import copy
 import multiprocessing
 import os
+import random
+import re
+import resource
+import shutil
 import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +66,7 @@ MOSAIC = [
 TRAININGS = {
     # Random sampling and drop path; gradients that wait for the next ones.
     'iterations': (
+        1,
         MASK_RCNN,
         dict(
             model=dict(backbone=dict(drop_path_rate=0.2)),
@@ -69,6 +76,7 @@ TRAININGS = {
     ),
     # A sampler that ends, in the third of four passes over it.
     'passes': (
+        1,
         MASK_RCNN,
         dict(
             train_cfg=dict(max_iters=7, val_interval=10),
@@ -81,6 +89,7 @@ TRAININGS = {
     ),
     # Saved in the middle of epochs of five batches.
     'epochs': (
+        1,
         MASK_RCNN,
         EPOCHS,
         dict(
@@ -91,6 +100,7 @@ TRAININGS = {
         ),
     ),
     'rtmdet': (
+        1,
         'rtmdet_fasternet-t0_nuclei.py',
         EPOCHS,
         dict(
@@ -118,43 +128,85 @@ TRAININGS = {
             train_cfg=dict(max_epochs=3),
         ),
     ),
+    # Each with statistics of its own, which they average at the end.
+    'processes': (
+        2,
+        MASK_RCNN,
+        dict(
+            train_cfg=dict(max_iters=5, val_interval=10),
+            custom_hooks=[dict(type='SyncBuffersHook')],
+        ),
+    ),
 }
 
 
 @HOOKS.register_module()
-class Kill(Hook):
-    """Kill the process after an iteration, before what it would save."""
+class Stop(Hook):
+    """Kill the process, or fill its disk, at an iteration."""
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    def __init__(self, kill_at=None, kill_in_val_at=None, full_at=None):
+        self.kill_at = kill_at
+        self.kill_in_val_at = kill_in_val_at
+        self.full_at = full_at
 
-    def after_train_iter(self, runner: Runner, **_: object) -> None:
-        if runner.iter + 1 == self.at:
+    def after_train_iter(self, runner, **_):
+        if runner.iter + 1 == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if runner.iter + 1 == self.full_at:  # as good as a full disk
+            limit = 5 << 20
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    def before_val(self, runner):
+        if runner.iter == self.kill_in_val_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(config, resume, kill_at):
+def run(config, rank, processes, port):
     """Train in this process, on one thread."""
     torch.set_num_threads(1)
-    log = open(Path(config.work_dir, 'log.txt'), 'a')
+    if processes > 1:
+        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        os.environ.update(WORLD_SIZE=str(processes), RANK=str(rank))
+        os.environ.update(LOCAL_RANK=str(rank))
+        config.launcher = 'pytorch'
+    log = open(Path(config.work_dir, f'log{rank}.txt'), 'a')
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    config.resume = resume
-    if kill_at:
-        config.custom_hooks = [
-            *config.get('custom_hooks', []),
-            dict(type='Kill', at=kill_at),
-        ]
     Runner.from_cfg(config).train()
 
 
-def train(config, resume=False, kill_at=None):
-    """Train in another process; give its exit code."""
+def start(config, resume=False, processes=1, **stop):
+    """Start a training in processes of its own."""
+    config = copy.deepcopy(config)
+    config.resume = resume
+    config.custom_hooks = [
+        *config.get('custom_hooks', []),
+        dict(type='Stop', **stop),
+    ]
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
-    process = SERVER.Process(target=run, args=(config, resume, kill_at))
-    process.start()
-    process.join()
-    return process.exitcode
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    started = [
+        SERVER.Process(target=run, args=(config, rank, processes, port))
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def train(config, **options):
+    """Train in other processes; give the exit code that they share."""
+    started = start(config, **options)
+    for process in started:
+        process.join()
+    (code,) = {process.exitcode for process in started}
+    return code
+
+
+def log(config, rank=0):
+    return Path(config.work_dir, f'log{rank}.txt').read_text()
 
 
 @pytest.fixture(scope='module')
@@ -164,8 +216,8 @@ def data(tmp_path_factory):
     return f'{path}/'
 
 
-@pytest.fixture
-def configure(data, tmp_path):
+@pytest.fixture(scope='module')
+def configure(data, tmp_path_factory):
     """Give a config of the mini ones, with images of 64 pixels."""
 
     def configure(name, *changes):
@@ -178,7 +230,7 @@ def configure(data, tmp_path):
             if 'type' in change.get('train_cfg', {}):
                 config.train_cfg = {}
             config.merge_from_dict(change)
-        config.work_dir = str(tmp_path / work_dir)
+        config.work_dir = str(tmp_path_factory.getbasetemp() / work_dir)
         return config
 
     return configure
@@ -207,13 +259,132 @@ def last(config):
     return read_checkpoint(path)
 
 
-CASES = [('iterations', 4), ('passes', 6), ('epochs', 7), ('rtmdet', 13)]
+CASES = [
+    ('iterations', dict(kill_at=4)),
+    ('passes', dict(kill_at=6)),
+    ('epochs', dict(kill_at=7)),
+    ('rtmdet', dict(kill_at=8)),
+    ('rtmdet', dict(kill_in_val_at=5)),
+    ('processes', dict(kill_at=4)),
+]
+KILLED = -signal.SIGKILL
 
 
-@pytest.mark.parametrize('name, kill_at', CASES)
-def test_killed_training_ends_the_same(name, kill_at, configure):
-    whole, broken = (configure(*TRAININGS[name], k) for k in ('a', 'b'))
+@pytest.fixture(scope='module')
+def whole(configure):
+    """Give a training that ran through, once for all that are compared."""
+    done = {}
+
+    def whole(name):
+        if name not in done:
+            processes, *changes = TRAININGS[name]
+            config = configure(*changes, f'{name}-whole')
+            assert train(config, processes=processes) == 0, log(config)
+            done[name] = config
+        return done[name]
+
+    return whole
+
+
+def assert_ends_the_same(name, stop, whole, configure):
+    processes, *changes = TRAININGS[name]
+    config = configure(*changes, f'{name}-{stop}')
+    assert train(config, processes=processes, **stop) == KILLED, log(config)
+    code = train(config, processes=processes, resume=True)
+    assert code == 0, log(config)
+    assert_equal(last(whole(name)), last(config))
+    names = [
+        sorted(path.name for path in Path(work_dir).glob('*.pth'))
+        for work_dir in (whole(name).work_dir, config.work_dir)
+    ]
+    assert names[0] == names[1]
+    shutil.rmtree(config.work_dir)
+
+
+@pytest.mark.parametrize('name, stop', CASES)
+def test_killed_training_ends_the_same(name, stop, whole, configure):
+    assert_ends_the_same(name, stop, whole, configure)
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize('seed', range(20))
+@pytest.mark.parametrize('name', TRAININGS)
+def test_killed_anywhere(name, seed, whole, configure):
+    config = whole(name)
+    at = random.Random(f'{name} {seed}').randint(
+        1, last(config)['meta']['iter']
+    )
+    assert_ends_the_same(name, dict(kill_at=at), whole, configure)
+
+
+def kill_while_saving(configure, times):
+    """Kill a training while it saves, and resume it, again and again."""
+    changes = dict(
+        train_cfg=dict(max_iters=2 * times + 1, val_interval=1000),
+        default_hooks=dict(checkpoint=dict(interval=1)),
+    )
+    config = configure(MASK_RCNN, changes, 'saving')
+    for i in range(times):
+        (process,) = start(config, resume=i > 0)
+        steps = []
+        while len(steps) < 2 * i + 2:  # the second one of each start
+            assert process.is_alive(), log(config)
+            time.sleep(0.001)
+            steps = re.findall(r'Saving checkpoint at (\d+)', log(config))
+        time.sleep(random.uniform(0, 0.3))  # saving takes about as long
+        process.kill()
+        process.join()
+        steps = re.findall(r'Saving checkpoint at (\d+)', log(config))
+        assert last(config)['meta']['iter'] >= int(steps[-1]) - 1
+        yield sorted(path.name for path in Path(config.work_dir).glob('*.p*'))
+    assert train(config, resume=True) == 0
+    whole = configure(MASK_RCNN, changes, 'unkilled')
     assert train(whole) == 0
-    assert train(broken, kill_at=kill_at) == -signal.SIGKILL
-    assert train(broken, resume=True) == 0
-    assert_equal(last(whole), last(broken))
+    assert_equal(last(whole), last(config))
+
+
+def test_killed_while_saving(configure):
+    list(kill_while_saving(configure, 3))
+
+
+@pytest.mark.kills
+def test_killed_while_saving_often(configure):
+    left = list(kill_while_saving(configure, 20))
+    # Some came before the new one was there, and some before the old one went.
+    assert any('part' in name for names in left for name in names), left
+
+
+def test_full_disk(configure):
+    """One clear error, and what was saved before is as it was."""
+    config = configure(MASK_RCNN, dict(train_cfg=dict(max_iters=7)), 'full')
+    assert train(config, full_at=5) == 1
+    error = log(config).strip().splitlines()[-1]
+    assert re.match(
+        r'OSError: \[Errno 27\] File too large: .*iter_6.pth needs [\d,]+ '
+        r'bytes, and .* has [\d,]+ free\. It was not written, .* intact',
+        error,
+    )
+    assert last(config)['meta']['iter'] == 3
+    left = {path.name for path in Path(config.work_dir).glob('iter*')}
+    assert left == {'iter_3.pth'}
+
+
+def test_other_batches_are_refused(configure):
+    config = configure(MASK_RCNN, dict(train_cfg=dict(max_iters=3)), 'other')
+    assert train(config) == 0
+    config.train_dataloader.batch_size = 3
+    config.train_cfg.max_iters = 6
+    assert train(config, resume=True) == 1
+    error = log(config).strip().splitlines()[-1]
+    assert error.startswith(
+        "ValueError: the checkpoint was saved with {'processes': 1, "
+        "'batch_size': 2}, and the training goes on with {'processes': 1, "
+        "'batch_size': 3}"
+    )
+    # mmengine's hook goes on from such a checkpoint, and ours from its own.
+    config.default_hooks.checkpoint.type = 'CheckpointHook'
+    assert train(config, resume=True) == 0
+    config.default_hooks.checkpoint.type = 'ExactCheckpointHook'
+    config.train_cfg.max_iters = 7
+    assert train(config, resume=True) == 0
+    assert 'This checkpoint is not of ExactCheckpointHook' in log(config)
