@@ -248,7 +248,8 @@ class ExactCheckpointHook(CheckpointHook):
     Raises:
         TypeError: If the train_dataloader, or its sampler, is not a config.
         ValueError: If a training goes on with other batches, or by another
-            number of processes, than it was saved by.
+            number of processes, than it was saved by; or of
+            ``file_client_args``.
     """
 
     _resumed: Optional[dict] = None
@@ -274,6 +275,11 @@ class ExactCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         """Take the data and the random numbers in hand."""
+        if self.file_client_args is not None:
+            raise ValueError(
+                'ExactCheckpointHook takes backend_args, not the '
+                f'file_client_args={self.file_client_args!r} of old'
+            )
         super().before_train(runner)
         if type(self.file_backend) is LocalBackend:
             self.backend_args = dict(backend='atomic')
