@@ -29,6 +29,8 @@ from .backbones import (  # noqa: E402
 )
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
 from .faster_coco_metric import FasterCocoMetric  # noqa: E402
+from .distributed import serve_cpus  # noqa: E402
+from .exact_checkpoint_hook import ExactCheckpointHook  # noqa: E402
 from .layers import (  # noqa: E402
     ConvAWS2d,
     SAConv,
@@ -40,10 +42,12 @@ from .rpn_head import SlotRPNHead  # noqa: E402
 from .unpickler import guard_mmengine  # noqa: E402
 
 guard_mmengine()
+serve_cpus()
 
 __all__ = [
     'ConvAWS2d',
     'FasterCocoMetric',
+    'ExactCheckpointHook',
     'FasterNet',
     'GGhostRegNet',
     'GhostNet',
