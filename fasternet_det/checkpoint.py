@@ -283,12 +283,13 @@ def read_state_dict(
             if all(key.startswith(wrapper) for key in state_dict):
                 state_dict = _under(state_dict, wrapper)
         state_dict = _under(state_dict, 'backbone.') or state_dict
-    broken = {
-        key
-        for key, value in state_dict.items()
-        if (value.is_floating_point() or value.is_complex())
-        and not _is_finite(value)
-    }
+    try:
+        broken = {k for k, v in state_dict.items() if not _is_finite(v)}
+    except RuntimeError as error:  # float4, and whatever comes next
+        raise ValueError(
+            f'{filename} holds numbers that torch cannot look at, expected '
+            f'float32, float16 and the like: {error!s:.200}'
+        ) from error
     if broken:
         raise ValueError(
             f'{filename} holds NaN or infinite values in {_listed(broken)}'
@@ -297,6 +298,8 @@ def read_state_dict(
 
 
 def _is_finite(value: Tensor) -> bool:
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
     if value.element_size() == 1:  # torch has it for some types of 8 bits
         value = value.float()
     return bool(value.isfinite().all())
