@@ -103,6 +103,7 @@ NAMES = [
     *('os.system', 'builtins.eval', 'builtins.object', 'torch.load'),
     *('torch._utils._rebuild_device_tensor_from_numpy', 'copyreg._reconst'),
 ]
+BARE = b'().012NabdehloqRrstuQ}]\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x93\x94'
 NUMBERS = (0, 1, 2, 3, 8, 255, 1 << 16, (1 << 31) - 1, -1, 1 << 40, 1 << 62)
 
 
@@ -138,8 +139,7 @@ def random_op(rng):
         return rng.choice(
             (pickle.BINUNICODE, pickle.BINBYTES, pickle.LONG4, b'T')
         ) + struct.pack('<I', rng.choice((4, 1 << 16, 1 << 30, 0xFFFFFFFF)))
-    return bytes([rng.choice(b'().012NabdehloqRrstuQ}]\x81\x85\x86\x87'
-                             b'\x88\x89\x8f\x90\x91\x92\x93\x94')])  # fmt: skip
+    return bytes([rng.choice(BARE)])
 
 
 def random_value(rng, depth=4):
@@ -542,8 +542,9 @@ def main():
             broken[f'{" ".join(where[-3:])} {error!r:.150}'] += 1
             Path(tempfile.gettempdir(), f'broken-{i}').write_bytes(data)
     for what, count in broken.most_common(40):
-        print(count, what)
-    print(f'{args.count} files, {taken} with weights')
+        sys.stdout.write(f'{count} {what}\n')
+    sys.stdout.write(f'{args.count} files, {taken} with weights\n')
+    sys.exit(bool(broken))
 
 
 if __name__ == '__main__':
