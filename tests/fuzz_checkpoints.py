@@ -1,15 +1,18 @@
 """Fuzz the reading of checkpoints: no code, no crash, bounded memory.
 
 The tests run a fixed number of random files, from a fixed seed. To search for
-long, with the code's coverage as guide, atheris is needed beside, and a
-folder of Git's for what is found:
+long, with the code's coverage as guide, atheris is needed beside (3.0.0 has
+been tried), and an empty folder for what is found:
 
-    pip install --no-deps --target atheris atheris
-    PYTHONPATH=atheris python tests/fuzz_checkpoints.py --guided \
-        FOUND tests/data/fuzz -max_total_time=1800 -max_len=65536
+    pip install --no-deps --target ATHERIS atheris
+    PYTHONPATH=ATHERIS python tests/fuzz_checkpoints.py --guided \
+        FOUND tests/data/fuzz -max_total_time=1800 -max_len=65536 \
+        -rss_limit_mb=4096
 
-It stops at the first file that breaks a promise, and saves it; given as the
-only argument, that file alone is read again.
+It stops at the first file that breaks a promise, and saves it; without
+``--guided``, that file alone is read again. ``tests/data/fuzz`` keeps the
+files of up to 4 KB that such a search found, each of which reached code, or
+went round it as often, as none had before.
 """
 
 import argparse
@@ -45,7 +48,8 @@ from fasternet_det.unpickler import ADMITTED, load
 CORPUS = Path(__file__).parent / 'data' / 'fuzz'
 LONGEST_MESSAGE = 2000  # characters, with six keys
 LONGEST = 10  # seconds
-MEMORY = 512 << 20  # bytes for a file of 64 KiB: see docs/weights.md
+MEMORY = 512 << 20  # bytes, and 32 times the file: see docs/weights.md
+ADDRESSES = 16 << 30  # bytes: to ask for more fails, and is a finding
 
 
 # Files to begin with, as they are really written
@@ -397,8 +401,8 @@ def check_plain(value):
         if kind in (Tensor, nn.Parameter):
             check_tensor(value)
         elif kind in (np.ndarray, history.Array):
-            assert value.dtype.kind in 'fi' and value.base is not False
-            value.sum()
+            assert value.dtype.kind in 'fi'
+            value.sum()  # touches all of it
         elif kind is HistoryBuffer:
             assert set(vars(value)) == {
                 '_log_history', '_count_history', 'max_length'
@@ -525,6 +529,7 @@ def main():
     parser.add_argument('--count', type=int, default=0, help='random files')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     path = prepare()
     for file in args.files:
         check(file.read_bytes(), path)
