@@ -20,6 +20,7 @@ from mmengine.model import PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor
 
+from .history import shown
 from .unpickler import load
 
 StateDict = Dict[str, Tensor]
@@ -27,8 +28,8 @@ StateDict = Dict[str, Tensor]
 
 def _listed(keys: AbstractSet[str], most: int = 6) -> str:
     """Name some keys, and say how many there are."""
-    shown = ', '.join(sorted(keys)[:most])
-    return shown + f', ... ({len(keys)} in all)' * (len(keys) > most)
+    listed = ', '.join(shown(key, 160) for key in sorted(keys)[:most])
+    return listed + f', ... ({len(keys)} in all)' * (len(keys) > most)
 
 
 @contextmanager
@@ -117,20 +118,21 @@ def read_checkpoint(filename: str) -> dict:
             raise FileNotFoundError(f'there is no checkpoint at {filename}')
         with open(path, 'rb') as file:
             head = file.read(64)
-        if head.lstrip()[:1] == b'<' and head[8:9] != b'{':
-            raise ValueError(
-                f'{filename} is a web page, not a checkpoint: download the '
-                'file that the page is about'
-            )
-        try:
-            checkpoint = load(path, map_location='cpu')
-        except pickle.UnpicklingError as error:
-            raise ValueError(f'{filename} is refused: {error}') from error
-        except Exception as error:  # a broken file breaks it in many ways
-            raise ValueError(
-                f'{filename} is no readable checkpoint: it may be cut short, '
-                f'so fetch it again. The reader says: {error!r:.200}'
-            ) from error
+            if head.lstrip()[:1] == b'<' and head[8:9] != b'{':
+                raise ValueError(
+                    f'{filename} is a web page, not a checkpoint: download '
+                    'the file that the page is about'
+                )
+            file.seek(0)
+            try:
+                checkpoint = load(file, map_location='cpu')
+            except pickle.UnpicklingError as error:
+                raise ValueError(f'{filename} is refused: {error}') from error
+            except EOFError as error:
+                raise ValueError(
+                    f'{filename} is no readable checkpoint: it may be cut '
+                    f'short, so fetch it again. The reader says: {error}'
+                ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f'{filename} holds a {type(checkpoint).__name__}, '
@@ -252,7 +254,7 @@ def read_state_dict(
     """
     state_dict = _choose(read_checkpoint(filename), ema, filename)
     strangers = {
-        str(key)
+        shown(key)
         for key, value in state_dict.items()
         if not (isinstance(key, str) and isinstance(value, Tensor))
     }
@@ -281,16 +283,26 @@ def read_state_dict(
             if all(key.startswith(wrapper) for key in state_dict):
                 state_dict = _under(state_dict, wrapper)
         state_dict = _under(state_dict, 'backbone.') or state_dict
-    broken = {
-        key
-        for key, value in state_dict.items()
-        if value.is_floating_point() and not value.isfinite().all()
-    }
+    try:
+        broken = {k for k, v in state_dict.items() if not _is_finite(v)}
+    except RuntimeError as error:  # float4, and whatever comes next
+        raise ValueError(
+            f'{filename} holds numbers that torch cannot look at, expected '
+            f'float32, float16 and the like: {error!s:.200}'
+        ) from error
     if broken:
         raise ValueError(
             f'{filename} holds NaN or infinite values in {_listed(broken)}'
         )
     return state_dict
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    if value.element_size() == 1:  # torch has it for some types of 8 bits
+        value = value.float()
+    return bool(value.isfinite().all())
 
 
 def _under(state_dict: StateDict, prefix: str) -> StateDict:
@@ -321,7 +333,8 @@ def load_exactly(
 
     Raises:
         ValueError: If other keys are missing or left over, or a shape
-            differs.
+            differs, or a tensor is complex, or integer, where floats are
+            expected.
     """
     own = module.state_dict()
     missing = own.keys() - state_dict.keys()
@@ -336,12 +349,21 @@ def load_exactly(
         for key in own.keys() & state_dict.keys()
         if own[key].shape != state_dict[key].shape
     }
+    # Of these, torch would take a part, or levels of a quantised weight.
+    unlike = {
+        f'{key} {state_dict[key].dtype} for {own[key].dtype}'
+        for key in own.keys() & state_dict.keys()
+        if state_dict[key].is_complex()
+        or own[key].is_floating_point()
+        and not state_dict[key].is_floating_point()
+    }
     problems = [
         f'{what}: {_listed(keys)}'
         for what, keys in (
             ('missing', missing),
             ('unexpected', unexpected),
             ('of another shape', misshapen),
+            ('of another type', unlike),
         )
         if keys
     ]

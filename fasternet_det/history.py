@@ -16,17 +16,36 @@ from mmengine.logging import HistoryBuffer
 STATISTICS = ('min', 'max', 'current', 'mean')
 
 
+def shown(value: Any, most: int = 100) -> str:
+    """Show what a file holds in a message.
+
+    Args:
+        value (Any): Of which texts and numbers are shown; a container may
+            nest so that its ``repr`` never ends.
+        most (int): Characters before it is cut. Defaults to 100.
+
+    Returns:
+        str: One line, without quotes.
+    """
+    if not isinstance(value, (str, int)):
+        return f'a {type(value).__name__}'
+    text = repr(value)[1:-1] if isinstance(value, str) else str(value)
+    return text if len(text) <= most else f'{text[:most]}...'
+
+
 class Dtype:
     """Stands for ``numpy.dtype``: a float or an integer of plain layout."""
 
     def __init__(self, name: str, *_: bool) -> None:
         if type(name) is not str or name not in ('f4', 'f8', 'i4', 'i8'):
-            raise pickle.UnpicklingError(f'numpy dtype {name!r} is refused')
+            raise pickle.UnpicklingError(
+                f'numpy dtype {shown(name)} is refused'
+            )
         self.name = name
 
     def __setstate__(self, state: tuple) -> None:
         if state != (3, '<', None, None, None, -1, -1, 0):
-            raise pickle.UnpicklingError(f'dtype state {state!r} is refused')
+            raise pickle.UnpicklingError('another dtype state is refused')
 
 
 class Array(np.ndarray):
@@ -57,7 +76,7 @@ class Array(np.ndarray):
 def _reconstruct(kind: type, *_: Any) -> Array:
     """Stands for numpy's function of that name."""
     if kind is not Array:
-        raise pickle.UnpicklingError(f'a numpy array as {kind!r} is refused')
+        raise pickle.UnpicklingError('a numpy array of that kind is refused')
     return Array()
 
 
@@ -85,10 +104,13 @@ class History(HistoryBuffer):
         logs, counts = state['_log_history'], state['_count_history']
         if type(logs) is not Array or type(counts) is not Array:
             raise pickle.UnpicklingError('a history of objects is refused')
+        if logs.ndim != 1 or logs.shape != counts.shape:
+            raise pickle.UnpicklingError('a history of odd shape is refused')
         self.__class__ = HistoryBuffer
-        HistoryBuffer.__init__(
-            self, logs.tolist(), counts.tolist(), int(state['max_length'])
-        )
+        HistoryBuffer.__init__(self, max_length=int(state['max_length']))
+        # No copies: a small file could ask for many of one large array.
+        self._log_history = logs.view(np.ndarray)
+        self._count_history = counts.view(np.ndarray)
 
 
 def _getattr(owner: type, name: str) -> str:
@@ -97,7 +119,7 @@ def _getattr(owner: type, name: str) -> str:
     ``History`` has no use for them, so a file gets no function to call.
     """
     if owner is not History or name not in STATISTICS:
-        raise pickle.UnpicklingError(f'getattr({owner}, {name!r}) is refused')
+        raise pickle.UnpicklingError(f'getattr of {shown(name)} is refused')
     return name
 
 

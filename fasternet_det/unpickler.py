@@ -4,23 +4,25 @@ A pickle names functions, and reading it calls them. torch's own
 ``weights_only=True`` is unsafe before 2.6 (CVE-2025-32434), and what it admits
 is one list for all threads. Here a file gets what :data:`ADMITTED` holds, on
 every torch, and nothing else: tensors, containers, plain data, and mmengine's
-training history.
+training history. Nor can a small file fill the memory: see :data:`ROOM`.
 """
 
 import io
 import math
 import pickle
 import struct
+import sys
 import zipfile
 from collections import Counter, OrderedDict
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from os import PathLike
 from typing import (
     Any,
     BinaryIO,
     Callable,
     Dict,
+    Iterable,
     NamedTuple,
     Optional,
     Tuple,
@@ -34,17 +36,27 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.serialization import default_restore_location
 
-from .history import STAND_INS, Array, Dtype, History
+from .history import STAND_INS, Array, Dtype, History, shown
 
 MapLocation = Union[
     None, str, torch.device, Dict[str, str], Callable[[Any, str], Any]
 ]
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
+#: A file may unpack to GROWTH times its size and ROOM bytes, counting its
+#: containers, and each tensor as if it shared no memory. Else one byte would
+#: stand for a terabyte, by strides of 0, or by calls on what is there already.
+ROOM = 256 << 20
+GROWTH = 16
+OBJECT = 256  # bytes that an empty container takes, with its place in another
+LONGEST_LINE = 1000  # bytes of a name or of a number in digits
+MOST_DIMS = 64  # torch computes on no more
+
 
 def _refuse(what: str) -> pickle.UnpicklingError:
     return pickle.UnpicklingError(
-        f'it holds more than tensors and plain data ({what}), and reading '
+        'it holds more than tensors and plain data '
+        f'({shown(what)}), and reading '
         'it could execute code. Where you trust it, save its state dict '
         'alone, or as .safetensors'
     )
@@ -74,16 +86,22 @@ def _rebuild_tensor(
     metadata: Any = None,
 ) -> Tensor:
     """Stands for ``torch._utils._rebuild_tensor_v3``."""
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError('a tensor without a storage is refused')
     data, dtype = storage.data, dtype or storage.dtype
     sizes = (offset, *size, *stride)
     # Else torch would grow the storage, by memory as it was left.
     if (
         metadata
         or len(size) != len(stride)
-        or any(type(n) is not int or n < 0 for n in sizes)
+        or len(size) > MOST_DIMS
+        or any(type(n) is not int or not 0 <= n < 1 << 63 for n in sizes)
         or math.prod(size) * dtype.itemsize >= 1 << 63
     ):
-        raise pickle.UnpicklingError(f'a tensor of layout {sizes} is refused')
+        layout = ', '.join(map(shown, sizes))
+        raise pickle.UnpicklingError(
+            f'a tensor of layout ({shown(layout)}) is refused'
+        )
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if 0 not in size and (last + 1) * dtype.itemsize > data.nbytes():
         raise pickle.UnpicklingError(
@@ -91,6 +109,8 @@ def _rebuild_tensor(
             f'{data.nbytes()} bytes'
         )
     tensor = torch.empty(0, dtype=dtype, device=data.device)
+    if tensor.is_quantized:  # torch aborts on one that knows no scale
+        raise pickle.UnpicklingError('a quantized tensor is refused')
     tensor.set_(data, offset, tuple(size), tuple(stride))
     return tensor.requires_grad_(bool(requires_grad))
 
@@ -129,8 +149,23 @@ def _rebuild_with_attributes(
 def _encode(text: str, encoding: str) -> bytes:
     """Stands for ``_codecs.encode``, by which protocol 2 writes bytes."""
     if encoding != 'latin1':
-        raise _refuse(f'bytes as {encoding}')
+        raise _refuse(f'bytes as {shown(encoding)}')
     return text.encode(encoding)
+
+
+def _check_keys(keys: Iterable) -> None:
+    """Refuse tuples as keys: the hash of nested ones ends late, or never."""
+    if any(isinstance(key, tuple) for key in keys):
+        raise pickle.UnpicklingError('a tuple as a key is refused')
+
+
+def _collect(kind: type, items: Iterable = ()) -> Any:
+    """Stands for a container's class."""
+    if not isinstance(items, dict):  # whose keys are checked
+        items = list(items)
+        pairs = kind is OrderedDict
+        _check_keys(item[0] if pairs else item for item in items)
+    return kind(items)
 
 
 def _admitted() -> Dict[str, Any]:
@@ -160,17 +195,19 @@ def _admitted() -> Dict[str, Any]:
         _rebuild_parameter=_rebuild_parameter,
         _rebuild_parameter_with_state=_rebuild_parameter,
     )
-    builtins = dict(set=set, frozenset=frozenset, complex=complex)
+    collections = (set, frozenset, Counter, OrderedDict)
     untyped = _StorageType(None)
     return {
         **dtypes,
         **{f'torch.{k}Storage': _StorageType(v) for k, v in storages.items()},
         **{f'torch._utils.{k}': v for k, v in rebuilds.items()},
-        **{f'builtins.{k}': v for k, v in builtins.items()},
+        **{
+            f'{kind.__module__}.{kind.__name__}': partial(_collect, kind)
+            for kind in collections
+        },
         **STAND_INS,
         '_codecs.encode': _encode,
-        'collections.Counter': Counter,
-        'collections.OrderedDict': OrderedDict,
+        'builtins.complex': complex,
         'torch.Size': torch.Size,
         'torch.Tensor': 'torch.Tensor',  # names of types, not to be called
         'torch.UntypedStorage': untyped,
@@ -183,6 +220,7 @@ def _admitted() -> Dict[str, Any]:
 
 #: What a file may name, and what stands for it.
 ADMITTED = _admitted()
+CALLED = {id(value) for value in ADMITTED.values() if callable(value)}
 
 
 class _Opcodes(dict):
@@ -190,6 +228,16 @@ class _Opcodes(dict):
 
     def __missing__(self, opcode: int) -> Callable:
         raise _refuse(f'pickle opcode {bytes([opcode])!r}')
+
+
+def _counted(load: Callable) -> Callable:
+    """Let an opcode pay for the object that it makes."""
+
+    def counted(self: '_Unpickler') -> None:
+        self.spend(OBJECT)
+        load(self)
+
+    return counted
 
 
 class _Unpickler(pickle._Unpickler):
@@ -201,14 +249,14 @@ class _Unpickler(pickle._Unpickler):
     """
 
     # What torch.save writes, by every protocol. Neither extension registries,
-    # nor other ways to make objects.
+    # nor other ways to make objects, nor integers of any length.
     dispatch = _Opcodes(
         (opcode[0], pickle._Unpickler.dispatch[opcode[0]])
         for opcode in (
-            *(pickle.PROTO, pickle.FRAME, pickle.MARK, pickle.STOP),
+            *(pickle.PROTO, pickle.MARK, pickle.STOP),
             *(pickle.POP, pickle.POP_MARK, pickle.NONE, pickle.NEWTRUE),
-            *(pickle.NEWFALSE, pickle.INT, pickle.LONG, pickle.BININT),
-            *(pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4),
+            *(pickle.NEWFALSE, pickle.INT, pickle.BININT),
+            *(pickle.BININT1, pickle.BININT2, pickle.LONG1),
             *(pickle.BINFLOAT, pickle.BINSTRING, pickle.SHORT_BINSTRING),
             *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
             *(pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES),
@@ -223,9 +271,21 @@ class _Unpickler(pickle._Unpickler):
         )
     )
 
-    def __init__(self, file: Any, find_storage: Callable) -> None:
+    def __init__(
+        self, file: Any, find_storage: Callable, room: int = ROOM
+    ) -> None:
         super().__init__(file)
         self.find_storage = find_storage
+        self.room = self.left = room
+
+    def spend(self, count: int) -> None:
+        """Count bytes that the file unpacks to."""
+        self.left -= count
+        if self.left < 0:
+            raise pickle.UnpicklingError(
+                f'it unpacks to more than {self.room >> 20} MiB, too much for '
+                'its size'
+            )
 
     def find_class(self, module: str, name: str) -> Any:
         path = f'{module}.{name}'.replace('__builtin__.', 'builtins.')
@@ -236,7 +296,9 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: tuple) -> _Storage:
         kind, storage, key, location, count, *view = pid
         if kind != 'storage' or not isinstance(storage, _StorageType):
-            raise _refuse(f'persistent id {kind!r}')
+            raise _refuse(f'persistent id {shown(kind)}')
+        if type(key) is not str or type(location) is not str:
+            raise _refuse('a storage of another name')
         if view not in ([], [None]):  # as torch wrote before 0.4
             raise pickle.UnpicklingError('a view of a storage is refused')
         itemsize = storage.dtype.itemsize if storage.dtype else 1
@@ -245,14 +307,19 @@ class _Unpickler(pickle._Unpickler):
 
     def load_reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        if type(args) is not tuple or not callable(function):
-            raise _refuse(f'a call of {function!r}')
-        self.append(function(*args))
+        if type(args) is not tuple or id(function) not in CALLED:
+            raise _refuse(f'a call of {shown(function)}')
+        made = function(*args)
+        is_view = type(made) is Tensor  # takes no memory until it is copied
+        self.spend(OBJECT + sys.getsizeof(made))
+        self.spend(made.numel() * made.element_size() if is_view else 0)
+        self.append(made)
 
     def load_newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
         if kind is not History or args != ():
-            raise _refuse(f'a new {kind!r}')
+            raise _refuse('a new object')
+        self.spend(4 * OBJECT)  # with the arrays that it will hold
         self.append(History.__new__(History))
 
     def load_build(self) -> None:
@@ -264,28 +331,56 @@ class _Unpickler(pickle._Unpickler):
         else:
             raise _refuse(f'a state of a {type(made).__name__}')
 
-    def _into(opcode: bytes, kind: type, place: Callable) -> Callable:
+    def load_frame(self) -> None:
+        self.read(8)  # its length: what it frames is read as it comes
+
+    def load_frozenset(self) -> None:
+        _check_keys(self.stack)
+        super().load_frozenset()
+
+    def _into(
+        opcode: bytes, kind: type, place: Callable, keys: Optional[Callable]
+    ) -> Callable:
         """Let an opcode fill a container, not a tensor or an array."""
         fill = pickle._Unpickler.dispatch[opcode[0]]
 
         def load(self: '_Unpickler') -> None:
             if not isinstance(place(self), kind):
                 raise _refuse(f'items of a {type(place(self)).__name__}')
+            if keys:
+                _check_keys(keys(self))
             fill(self)
 
         return load
 
-    for _opcode, _kind, _place in (
-        (pickle.APPEND, list, lambda self: self.stack[-2]),
-        (pickle.APPENDS, list, lambda self: self.metastack[-1][-1]),
-        (pickle.SETITEM, dict, lambda self: self.stack[-3]),
-        (pickle.SETITEMS, dict, lambda self: self.metastack[-1][-1]),
-        (pickle.ADDITEMS, set, lambda self: self.metastack[-1][-1]),
+    for _opcode, _kind, _place, _keys in (
+        (pickle.APPEND, list, lambda self: self.stack[-2], None),
+        (pickle.APPENDS, list, lambda self: self.metastack[-1][-1], None),
+        (
+            *(pickle.SETITEM, dict, lambda self: self.stack[-3]),
+            lambda self: self.stack[-2:-1],
+        ),
+        (
+            *(pickle.SETITEMS, dict, lambda self: self.metastack[-1][-1]),
+            lambda self: self.stack[::2],
+        ),
+        (
+            *(pickle.ADDITEMS, set, lambda self: self.metastack[-1][-1]),
+            lambda self: self.stack,
+        ),
     ):
-        dispatch[_opcode[0]] = _into(_opcode, _kind, _place)
+        dispatch[_opcode[0]] = _into(_opcode, _kind, _place, _keys)
+    dispatch[pickle.FRAME[0]] = load_frame
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_newobj
     dispatch[pickle.BUILD[0]] = load_build
+    for _opcode in (
+        *(pickle.MARK, pickle.EMPTY_LIST, pickle.EMPTY_DICT),
+        *(pickle.EMPTY_SET, pickle.FROZENSET, pickle.TUPLE1, pickle.TUPLE2),
+        *(pickle.TUPLE3, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
+    ):
+        dispatch[_opcode[0]] = _counted(dispatch[_opcode[0]])
 
 
 class _Bounded:
@@ -293,9 +388,12 @@ class _Bounded:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.readline = file.readline
         self.size = self.left = file.seek(0, io.SEEK_END)
+        self.room = ROOM + GROWTH * self.size
         file.seek(0)
+
+    def readline(self) -> bytes:
+        return self.file.readline(LONGEST_LINE)
 
     def read(self, count: int) -> bytes:
         if count > self.size - self.file.tell():
@@ -332,13 +430,28 @@ def load(
         Any: What the file holds.
 
     Raises:
-        pickle.UnpicklingError: If it would need code to be executed, or a
-            tensor does not fit its bytes.
+        pickle.UnpicklingError: If it would need code to be executed, a
+            tensor does not fit its bytes, or it would unpack to more than 16
+            times its size and 256 MiB.
         EOFError: If it is cut short, or not a checkpoint.
     """
     if isinstance(file, (str, PathLike)):
         with open(file, 'rb') as opened:
-            return load(opened, map_location)
+            try:
+                return load(opened, map_location)
+            except (pickle.UnpicklingError, EOFError) as error:
+                raise type(error)(f'{file}: {error}') from None
+    try:
+        return _load(file, map_location)
+    except pickle.UnpicklingError:
+        raise
+    except EOFError as error:
+        raise EOFError(str(error) or 'the file is cut short') from None
+    except Exception as error:  # a broken file breaks it in many ways
+        raise EOFError(f'it cannot be read: {error!r:.400}') from error
+
+
+def _load(file: BinaryIO, map_location: MapLocation) -> Any:
     source = _Bounded(file)
     head = file.read(9)
     file.seek(0)
@@ -383,9 +496,9 @@ def _load_zip(source: _Bounded, map_location: MapLocation) -> Any:
         """Start and size of an entry."""
         entry = entries.get(f'{folder}/{name}')
         if entry is None:
-            raise EOFError(f'{name} is missing')
+            raise EOFError(f'{shown(name)} is missing')
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise EOFError(f'{name} is compressed')
+            raise EOFError(f'{shown(name)} is compressed')
         # torch may leave the checksums out, so Python's reader will not do.
         source.file.seek(entry.header_offset)
         header = struct.unpack('<26xHH', source.read(30))
@@ -402,7 +515,7 @@ def _load_zip(source: _Bounded, map_location: MapLocation) -> Any:
         if key not in kept:
             start, size = locate(f'data/{key}')
             if count * itemsize != size:
-                raise EOFError(f'data/{key} is of another size')
+                raise EOFError(f'data/{shown(key)} is of another size')
             data = source.storage(start, size)
             kept[key] = _placed(data, location, map_location)
         return kept[key]
@@ -410,14 +523,14 @@ def _load_zip(source: _Bounded, map_location: MapLocation) -> Any:
     if f'{folder}/byteorder' in entries and read('byteorder') != b'little':
         raise EOFError('written by a big-endian machine')
     pickled = _Bounded(io.BytesIO(read('data.pkl')))
-    return _Unpickler(pickled, find).load()
+    return _Unpickler(pickled, find, source.room).load()
 
 
 def _load_legacy(source: _Bounded, map_location: MapLocation) -> Any:
     """Load the layout before: five pickles, then the storages."""
 
     def unpickle(find: Optional[Callable] = None) -> Any:
-        return _Unpickler(source, find).load()
+        return _Unpickler(source, find, source.room).load()
 
     source.file.seek(0)
     magic, protocol, system = unpickle(), unpickle(), unpickle()
@@ -441,9 +554,11 @@ def _load_legacy(source: _Bounded, map_location: MapLocation) -> Any:
     unpickle(note)
     kept = {}
     for key in unpickle():
+        if type(key) is not str or key not in known:
+            raise EOFError(f'storage {shown(key)} is of no tensor')
         location, count, size = known[key]
         if struct.unpack('<q', source.read(8)) != (count,):
-            raise EOFError(f'storage {key} is of another size')
+            raise EOFError(f'storage {shown(key)} is of another size')
         at = source.file.tell()
         kept[key] = _placed(source.storage(at, size), location, map_location)
     source.file.seek(start)

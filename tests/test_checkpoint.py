@@ -534,3 +534,80 @@ def test_timm_layout_is_told_from_the_original(imagenet, tmp_path):
     assert fasternet_from_timm(state_dict) is state_dict
     torch.save(fasternet_to_timm(state_dict), tmp_path / 'a.pth')
     assert 'classifier.bias' in read_state_dict(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [torch.complex64, torch.int8, torch.bool, torch.uint8],
+)
+def test_numbers_of_another_kind(kind, imagenet, tmp_path):
+    """torch would take the real part, or the levels for the weights."""
+    state_dict = imagenet('t0')
+    key = 'patch_embed.proj.weight'
+    state_dict[key] = state_dict[key].to(kind)
+    torch.save(state_dict, tmp_path / 'a.pth')
+    refuses(
+        tmp_path / 'a.pth',
+        f'of another type: {key} {kind} for torch.float32. Nothing was',
+    )
+
+
+def test_a_number_for_a_weight(imagenet, tmp_path):
+    state_dict = imagenet('t0')
+    state_dict['patch_embed.norm.weight'] = torch.tensor(1.0)
+    torch.save(state_dict, tmp_path / 'a.pth')
+    refuses(tmp_path / 'a.pth', r'norm.weight \(\) for \(40,\)')
+
+
+@pytest.mark.parametrize('kind', [torch.float16, torch.float64])
+def test_floats_of_other_widths(kind, imagenet, tmp_path):
+    """Scripts that halve a state dict halve its counts too."""
+    half = {k: v.to(kind) for k, v in imagenet('t0').items()}
+    torch.save(half, tmp_path / 'a.pth')
+    own = backbone_from(tmp_path / 'a.pth').state_dict()
+    key = 'patch_embed.proj.weight'
+    assert own[key].dtype == torch.float32
+    assert torch.equal(own[key], half[key].float())
+
+
+def test_numbers_that_are_none(tmp_path):
+    path = tmp_path / 'a.pth'
+    kinds = ['float32', 'bfloat16', 'complex64', 'float8_e4m3fn']
+    for kind in kinds:
+        if hasattr(torch, kind):
+            tensor = torch.tensor([1, float('nan')]).to(getattr(torch, kind))
+            torch.save(dict(a=tensor), path)
+            with pytest.raises(ValueError, match='a.pth holds NaN .* in a'):
+                read_state_dict(path)
+    if hasattr(torch, 'float4_e2m1fn_x2'):
+        tensor = torch.zeros(4, dtype=torch.uint8)
+        tensor = tensor.view(torch.float4_e2m1fn_x2)
+        torch.save(dict(a=tensor), path)
+        with pytest.raises(ValueError, match='a.pth holds numbers that torch'):
+            read_state_dict(path)
+
+
+@pytest.mark.parametrize('save', [torch.save, save_file])
+def test_a_key_of_a_megabyte(save, imagenet, tmp_path):
+    path, key = tmp_path / 'a.pth', 'k\x1b[2J' + 'a' * (1 << 20)
+    save({**imagenet('t0'), key: torch.ones(1)}, path)
+    with pytest.raises(ValueError, match='unexpected: k.x1b.2Jaaaa') as info:
+        backbone_from(path)
+    assert len(str(info.value)) < 1000  # and no escape for the terminal
+    save({key: torch.full((1,), float('inf'))}, path)
+    with pytest.raises(ValueError, match='infinite values in k') as info:
+        read_state_dict(path)
+    assert len(str(info.value)) < 1000
+
+
+def test_links_and_what_is_no_file(imagenet, tmp_path):
+    path, link = tmp_path / 'a.pth', tmp_path / 'link.pth'
+    torch.save(imagenet('t0'), path)
+    link.symlink_to(path)
+    check(backbone_from(link), imagenet('t0'))
+    path.unlink()  # it leads nowhere
+    loop, pipe = tmp_path / 'loop.pth', tmp_path / 'pipe.pth'
+    loop.symlink_to(loop)
+    os.mkfifo(pipe)  # to open it would wait for ever
+    for other in (link, loop, pipe, tmp_path, '/dev/zero'):
+        refuses(other, 'there is no checkpoint', FileNotFoundError)

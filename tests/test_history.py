@@ -158,3 +158,24 @@ def test_a_history_cannot_change_the_class(path):
     assert history.statistics('mean') == 0.5
     history.update(1)
     assert 'fake' not in HistoryBuffer._statistics_methods
+
+
+def test_histories_do_not_copy_their_arrays(path):
+    """A small file could ask for many copies of one array."""
+    once, other = HistoryBuffer([0.5] * 1000, [1] * 1000), HistoryBuffer()
+    other._log_history = once._log_history
+    other._count_history = once._count_history
+    content = load(path, dict(a=once, b=other))
+    first, second = content['a'], content['b']
+    assert np.shares_memory(first.data[0], second.data[0])
+    first.update(2.5)  # which makes another array
+    assert first.current() == 2.5 and second.current() == 0.5
+    assert len(second.data[0]) == 1000
+
+
+@pytest.mark.parametrize('logs, counts', [(np.ones(2), np.ones(3)),
+                                          (np.ones((2, 2)),) * 2])  # fmt: skip
+def test_a_history_of_odd_shape(logs, counts, path):
+    forged = HistoryBuffer()
+    forged._log_history, forged._count_history = logs, counts
+    refused(path, dict(a=forged))

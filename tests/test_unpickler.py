@@ -20,7 +20,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
 from safetensors.torch import save_file
 
 from fasternet_det import SlotResNet
-from fasternet_det.unpickler import _Unpickler, load
+from fasternet_det.unpickler import ROOM, _Unpickler, load
 
 BASE = torch.arange(24.0).reshape(4, 6)
 
@@ -381,3 +381,154 @@ def test_safetensors_by_mmengine(tmp_path):
     save_file(dict(a=BASE), tmp_path / 'a.safetensors')
     back = _load_checkpoint(str(tmp_path / 'a.safetensors'))
     assert torch.equal(back['a'], BASE)
+
+
+def read(*ops, room=ROOM):
+    return _Unpickler(io.BytesIO(b''.join(ops)), None, room).load()
+
+
+def refuses(match, *ops, **room):
+    with pytest.raises(pickle.UnpicklingError, match=match) as info:
+        read(*ops, **room)
+    assert len(str(info.value)) < 1000
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_a_small_file_cannot_declare_a_terabyte(legacy):
+    """By strides of 0: whoever copied the tensor would need it all."""
+    file = saved(torch.ones(1).expand(1 << 38), legacy)
+    assert file.getbuffer().nbytes < 2000
+    with pytest.raises(pickle.UnpicklingError, match='more than 256 MiB'):
+        load(file)
+    parts = [torch.ones(1).expand(1 << 24) for _ in range(5)]
+    with pytest.raises(pickle.UnpicklingError, match='more than 256 MiB'):
+        load(saved(parts, legacy))
+    assert load(saved(parts[:3], legacy))[0].shape == (1 << 24,)
+
+
+def test_a_large_file_may_unpack_to_more():
+    """Tied weights count as often as they stand there."""
+    base = torch.ones(1 << 22)  # 16 MiB, and 20 views of it
+    views = load(saved([base[i:] for i in range(20)]))
+    assert len(views) == 20 and views[19].numel() == (1 << 22) - 19
+
+
+@pytest.mark.parametrize(
+    'ops',
+    [
+        # bytes, again and again, of one text
+        (
+            *(b'](c_codecs\nencode\n', b'X\x00\x00\x01\x00', b'a' * (1 << 16)),
+            *(b'X\x06\x00\x00\x00latin1\x86', b'\x94R'),
+            b'c_codecs\nencode\nh\x00R' * 20,
+        ),
+        # sets, of one list
+        (
+            b'](cbuiltins\nset\n](',
+            b''.join(b'M' + i.to_bytes(2, 'little') for i in range(999)),
+            b'e\x85\x94R',
+            b'cbuiltins\nset\nh\x00R' * 40,
+        ),
+        (b'](', b'\x8f' * (1 << 13)),  # empty sets
+        (b'](', b'\x94'.join([b'N'] * (1 << 13))),  # the memo
+    ],
+)
+def test_memory_is_bounded(ops):
+    assert sum(map(len, ops)) < 1 << 17
+    refuses('more than 1 MiB', *ops, b'e.', room=1 << 20)
+
+
+@pytest.mark.parametrize(
+    'ops',
+    [
+        b'}))\x85Ns.',
+        b'}()\x85Nu.',
+        b'\x8f()\x85\x90.',
+        b'()\x85\x91.',
+        b'cbuiltins\nset\n]()\x85e\x85R.',
+        b'cbuiltins\nfrozenset\n]()\x85e\x85R.',
+        b'ccollections\nCounter\n]()\x85e\x85R.',
+        b'ccollections\nOrderedDict\n](](()t(tee\x85R.',
+    ],
+)
+def test_tuples_are_no_keys(ops):
+    """The hash of one nested a million times crashed Python."""
+    if ops.startswith(b'}))'):
+        ops = ops.replace(b'}))', b'})', 1)
+    refuses('a tuple as a key', ops)
+
+
+def test_ordered_dicts_of_python_2():
+    made = read(
+        b'ccollections\nOrderedDict\n](](K\x01K\x02e](K\x03K\x04ee\x85R.'
+    )
+    assert type(made) is OrderedDict and made == {1: 2, 3: 4}
+
+
+def test_integers_are_short():
+    """Python refuses to print those of 4300 digits, in a message too."""
+    refuses('opcode', b'\x8b\x00\x00\x10\x00', bytes(1 << 20), b'.')
+    file = saved(BASE)
+    with zipfile.ZipFile(file) as old:
+        raw = old.read('archive/data.pkl')
+    at = raw.index(b'K\x00', 30)  # the offset
+    forged = raw[:at] + b'I0x' + b'f' * 5000 + b'\n' + raw[at + 2 :]
+    file = rewritten(lambda name, raw: forged if 'pkl' in name else raw)
+    with pytest.raises(pickle.UnpicklingError, match="opcode b'f'"):
+        load(file)
+
+
+def test_what_is_made_is_not_called():
+    """A device of torch 2.1 can be called, and makes functions."""
+    refuses('a call of', b'ctorch\ndevice\nX\x03\x00\x00\x00cpu\x85R)R.')
+
+
+def test_a_refused_value_is_not_shown():
+    """By ``repr``, nested lists would take as long as the file likes."""
+    deep = b')' + b'\x94' + b''.join(
+        b'h%c' % i * 2 + b'\x86\x94' for i in range(60)
+    )  # fmt: skip
+    for raw in (
+        deep + b')R.',
+        b'(' + deep + b'NNNNtQ.',
+        b'c_codecs\nencode\nX\x00\x00\x00\x00' + deep + b'\x86R.',
+        b'cnumpy\ndtype\n' + deep + b'\x85R.',
+        b'cbuiltins\ngetattr\nN' + deep + b'\x86R.',
+    ):
+        refuses('refused|more than tensors', raw)
+    long = b'X\x00\x00\x10\x00' + b'a' * (1 << 20)
+    refuses('aaa', long, long, b'\x93.')
+
+
+def test_odd_tensors():
+    size = (1,) * 65
+    forged = rebuild(BASE.storage(), 0, size, size, False, OrderedDict())
+    with pytest.raises(pickle.UnpicklingError, match='layout'):
+        load(saved(forged))  # torch computes on no more than 64
+    rebuild_v3 = torch._utils._rebuild_tensor_v3
+    forged = Call(
+        *(rebuild_v3, BASE.untyped_storage(), 0, (2,), (1,), False),
+        *(OrderedDict(), torch.quint8),
+    )
+    with pytest.raises(pickle.UnpicklingError, match='quantized'):
+        load(saved(forged))
+    forged = rebuild(BASE, 0, (0,), (1,), False, OrderedDict())
+    with pytest.raises(pickle.UnpicklingError, match='without a storage'):
+        load(saved(forged))
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_every_error_is_one_of_two_and_names_the_file(legacy, tmp_path):
+    path = tmp_path / 'a.pth'
+    raw = saved(dict(a=BASE), legacy).getvalue()
+    at = raw.index(b'ctorch._utils')
+    path.write_bytes(raw[:at] + b'0' * 13 + raw[at + 13 :])
+    with pytest.raises(EOFError, match='a.pth: it cannot be .*IndexError'):
+        load(path)
+    with pytest.raises(EOFError, match='^it cannot be read'):
+        load(io.BytesIO(path.read_bytes()))
+    torch.save(dict(a=Call(eval, '1')), path)
+    with pytest.raises(pickle.UnpicklingError, match='a.pth: it holds more'):
+        load(path)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / 'b.pth')
