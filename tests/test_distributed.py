@@ -2,8 +2,13 @@
 
 import copy
 import gc
+import json
 import os
+import re
+import shutil
 import socket
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -23,9 +28,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fasternet_det import FasterNet, GGhostRegNet, GhostNet
+from fasternet_det.checkpoint import read_checkpoint
 from fasternet_det.datasets import nuclei
 
 ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / 'docs' / 'distributed.md').read_text()
+COMMANDS = re.findall(r'^(?:torchrun|srun) .*', GUIDE, re.M)
 
 
 def join(rank, port):
@@ -364,6 +372,111 @@ def equal_detectors(rank, port, root):
 def test_detectors_equal_one_process(pair, tmp_path):
     nuclei.convert(str(tmp_path))
     pair(equal_detectors, f'{tmp_path}/')
+
+
+EQUAL = """
+_base_ = {base!r}
+norm_cfg = dict(type='GN', num_groups=4)
+model = dict(
+    backbone=dict(norm_cfg=norm_cfg),
+    neck=dict(norm_cfg=norm_cfg),
+    bbox_head=dict(norm_cfg=norm_cfg),
+)
+_load, _annotate, _, _, _pack = _base_.train_pipeline
+train_pipeline = [_load, _annotate, _pack]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1))
+param_scheduler = []
+train_cfg = dict(max_iters=2)
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))
+"""
+SRUN = """#!/usr/bin/env bash
+export SLURM_NTASKS="${1#--ntasks=}" SLURM_NODELIST='node[1-2]'
+shift
+for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+    SLURM_PROCID=$rank "$@" &
+done
+for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+    wait -n || { kill $(jobs -p); exit 1; }
+done
+"""
+SCONTROL = """#!/bin/sh
+test "$*" = 'show hostname node[1-2]' && echo 127.0.0.1
+"""
+
+
+@pytest.fixture
+def sh(project, site, tmp_path):
+    """Run a command in a folder with data, on a machine with Slurm."""
+    (tmp_path / 'data').symlink_to(project.folder / 'data')
+    for name, script in dict(srun=SRUN, scontrol=SCONTROL).items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    path = tmp_path, site / 'bin', Path(sys.executable).parent
+    environment = dict(
+        os.environ,
+        MASTER_PORT=free_port(),
+        PATH=':'.join([*map(str, path), os.environ['PATH']]),
+        PYTHONPATH=str(site),
+    )
+
+    def run(command):
+        done = subprocess.run(
+            command,
+            shell=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def alone(project, tmp_path_factory):
+    """A config, and its weights after each of two steps in one process."""
+    base = project.configs / 'mini' / 'rtmdet_fasternet-t0_nuclei.py'
+    folder = tmp_path_factory.mktemp('alone')
+    config = folder / 'my_config.py'
+    config.write_text(EQUAL.format(base=str(base)))
+    project('-m', 'fasternet_det', 'train', config, '--work-dir', folder)
+    return config, *(read_weights(folder / f'iter_{i}.pth') for i in (1, 2))
+
+
+def read_weights(path):
+    weights = read_checkpoint(path)['state_dict'].values()
+    return torch.cat([weight.flatten() for weight in weights])
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_command(command, sh, alone, trained, config, tmp_path):
+    """Training ends with the weights of one process, testing with its AP."""
+    work_dir = tmp_path / 'work_dirs' / 'my_config'
+    if ' train ' in command:
+        mine, first, last = alone
+        shutil.copy(mine, tmp_path)
+        sh(f'{command} --cfg-options train_dataloader.batch_size=4')
+        error = (read_weights(work_dir / 'iter_2.pth') - last).norm()
+        assert error < 1e-5 * (last - first).norm()
+    else:
+        (tmp_path / 'my_config.py').write_text(f'_base_ = {str(config)!r}')
+        work_dir.mkdir(parents=True)
+        shutil.copy(trained / 'iter_60.pth', work_dir / 'epoch_12.pth')
+        sh(command)
+        assert read_metrics(work_dir, '*/*.json') == read_metrics(
+            trained, '*/vis_data/scalars.json'
+        )
+
+
+def read_metrics(work_dir, files):
+    """The APs in the last line of the last file."""
+    *_, line = max(work_dir.glob(files)).read_text().splitlines()
+    metrics = {k: v for k, v in json.loads(line).items() if 'mAP' in k}
+    assert metrics['coco/bbox_mAP'] > 0.15
+    return metrics
 
 
 def free_port():
