@@ -22,12 +22,14 @@ from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
+from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from fasternet_det import FasterNet, GGhostRegNet, GhostNet
+from fasternet_det import FasterNet, GGhostRegNet, GhostNet, distributed
 from fasternet_det.checkpoint import read_checkpoint
 from fasternet_det.datasets import nuclei
 
@@ -201,6 +203,7 @@ def test_one_process_needs_no_warning(monkeypatch):
 
 GN = dict(type='GN', num_groups=2)
 BN = dict(type='BN')
+SYNC_BN = dict(type='SyncBN')
 BACKBONES = (
     partial(FasterNet, TINY),
     partial(GGhostRegNet, GHOST, norm_eval=False),
@@ -277,11 +280,28 @@ def equal_backbones(rank, port):
             assert min(frozen) > count
             (count,) = frozen
         expect_equal(rank, make, BN, frozen_stages=1, norm_eval=True)
+    with pytest.raises(AssertionError, match='norm'):
+        expect_equal(rank, BACKBONES[0], BN)
+    with pytest.raises(ValueError, match='expected input tensor to be on GPU'):
+        expect_equal(rank, BACKBONES[0], SYNC_BN)
     leave()
 
 
 def test_frozen_and_checkpointed_backbones_equal_one_process(pair):
     pair(equal_backbones)
+
+
+def equal_sync_bn(rank, port):
+    join(rank, port)
+    for with_cp in (False, True):
+        expect_equal(rank, BACKBONES[0], SYNC_BN, 'cuda', with_cp=with_cp)
+    leave()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_backbone_of_sync_bn_equals_one_process(pair):
+    """Both processes share the GPU."""
+    pair(equal_sync_bn)
 
 
 def read_detector(name, root):
@@ -449,6 +469,13 @@ def alone(project, tmp_path_factory):
 def read_weights(path):
     weights = read_checkpoint(path)['state_dict'].values()
     return torch.cat([weight.flatten() for weight in weights])
+
+
+def test_with_a_gpu_nothing_changes(monkeypatch):
+    monkeypatch.setattr(distributed, 'get_device', lambda: 'cuda')
+    before = Runner.setup_env, MMDistributedDataParallel.__init__
+    distributed.serve_cpus()
+    assert before == (Runner.setup_env, MMDistributedDataParallel.__init__)
 
 
 @pytest.mark.parametrize('command', COMMANDS)
