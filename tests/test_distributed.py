@@ -407,7 +407,7 @@ train_pipeline = [_load, _annotate, _pack]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1))
 param_scheduler = []
-train_cfg = dict(max_iters=2)
+train_cfg = dict(max_iters=2, val_begin=3)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))
 """
 SRUN = """#!/usr/bin/env bash
@@ -462,8 +462,9 @@ def alone(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp('alone')
     config = folder / 'my_config.py'
     config.write_text(EQUAL.format(base=str(base)))
-    project('-m', 'fasternet_det', 'train', config, '--work-dir', folder)
-    return config, *(read_weights(folder / f'iter_{i}.pth') for i in (1, 2))
+    work_dir = folder / 'work_dir'
+    project('-m', 'fasternet_det', 'train', config, '--work-dir', work_dir)
+    return config, *(read_weights(work_dir / f'iter_{i}.pth') for i in (1, 2))
 
 
 def read_weights(path):
