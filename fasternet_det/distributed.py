@@ -25,8 +25,6 @@ def serve_cpus() -> None:
 
     @wraps(setup_env)
     def setup_env_of_cpus(self: Runner, env_cfg: dict) -> None:
-        if not self.distributed:
-            return setup_env(self, env_cfg)
         dist_cfg = dict(env_cfg.get('dist_cfg', {}), backend='gloo')
         if self.launcher == 'slurm':  # else mmengine divides by the GPUs
             os.environ.setdefault('SLURM_LOCALID', '0')

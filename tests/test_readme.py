@@ -21,9 +21,12 @@ from fasternet_det.checkpoint import is_timm_fasternet, read_checkpoint
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 DOCS = sorted(ROOT.glob('docs/*.md'))
-# These record what was run, in hours and in other environments; the last has
-# tests of its own.
-RECORDS = ('benchmark', 'compatibility', 'versions', 'other-tasks')
+# These record what was run, in hours and in other environments; the last two
+# have tests of their own.
+RECORDS = (
+    *('benchmark', 'compatibility', 'versions'),
+    *('other-tasks', 'distributed'),
+)
 GUIDES = README + '\n'.join(
     page.read_text() for page in DOCS if page.stem not in RECORDS
 )
