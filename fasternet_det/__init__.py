@@ -28,6 +28,7 @@ from .backbones import (  # noqa: E402
     SlotResNet,
 )
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
+from .finite import CheckFiniteHook  # noqa: E402
 from .layers import (  # noqa: E402
     ConvAWS2d,
     SAConv,
@@ -41,6 +42,7 @@ from .unpickler import guard_mmengine  # noqa: E402
 guard_mmengine()
 
 __all__ = [
+    'CheckFiniteHook',
     'ConvAWS2d',
     'FasterNet',
     'GGhostRegNet',
