@@ -4,7 +4,6 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from mmdet.structures.bbox import BaseBoxes
 from mmengine.dist import all_reduce
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
@@ -24,8 +23,6 @@ ADVICE = (
 
 def _is_finite(value: Any) -> bool:
     """Whether all numbers are, of tensors in lists, dicts and samples."""
-    if isinstance(value, BaseBoxes):
-        value = value.tensor
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
     if isinstance(value, (dict, BaseDataElement)):
@@ -83,10 +80,13 @@ def _find_cause(model: nn.Module, args: tuple, kwargs: Dict[str, Any]) -> str:
     return 'what is computed of the outputs of all modules'
 
 
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
 def _find_weights(runner: Runner) -> str:
     """Name the entries of state dicts that are not finite; '' if all are."""
-    model = runner.model
-    models = {'': model.module if is_model_wrapper(model) else model}
+    models = {'': _unwrap(runner.model)}
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
             models['the average of '] = hook.ema_model.module
@@ -142,8 +142,7 @@ class CheckFiniteHook(Hook):
                 f'not finite before training: {weights}. Expected a '
                 'checkpoint, in load_from, resume or init_cfg, that is'
             )
-        model = runner.model
-        model = model.module if is_model_wrapper(model) else model
+        model = _unwrap(runner.model)
         place = next(model.parameters())
         random: Dict[str, Any] = {}  # states of the generators at the batch
 

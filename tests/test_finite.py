@@ -323,6 +323,10 @@ def train(rank, port, folder):
     torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
     model = MMDistributedDataParallel(Model())
     model.module.spoilers['between'] = meet
+    spoil(model.module.first[0])
+    with pytest.raises(FloatingPointError, match='training: first.0.weight.'):
+        watch(model)
+    nn.init.ones_(model.module.first[0].weight)
     watch(model)
     Path(folder, f'{rank}').write_text(fails(model, **data(spoilt=rank == 1)))
     torch.distributed.barrier()

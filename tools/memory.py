@@ -44,8 +44,8 @@ FORMS: Dict[str, Callable] = {
 PAGE = """\
 # Memory
 
-Written by `python tools/memory.py`. RetinaNet with a narrow FasterNet is trained
-on the nuclei, two images a batch, then predicts by each form, image by image.
+Written by `python tools/memory.py`. A RetinaNet with a narrow FasterNet is
+trained on the nuclei, two images a batch, then predicts, one image at a time.
 Each has another height and another width, of {sides[0]} to {sides[1]} pixels.
 Resident memory in MB, each row a process of its own on one thread; the growth
 is the slope of a line through the last 80 %.
@@ -161,7 +161,7 @@ def write(series: Dict[str, List[float]], out: Path) -> None:
         axes.plot(share, samples, label=f'{name}, {len(samples)} times')
         at = (samples[0], samples[len(samples) // 5], samples[-1])
         cells = [f'{value:.0f}' for value in (*at, max(samples))]
-        grown = f'{growth(samples):+.1f}'
+        grown = f'{round(growth(samples), 1) + 0:+.1f}'  # not -0.0
         rows.append([name, str(len(samples)), *cells, grown])
     axes.set(xlabel='% done', ylabel='resident memory in MB', ylim=(0, None))
     axes.legend(loc='lower right')
