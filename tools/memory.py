@@ -6,11 +6,12 @@ reported is the slope of a straight line through the last 80 %.
 """
 
 import argparse
+import ctypes
 import os
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import cv2
 import matplotlib.pyplot as plt
@@ -31,6 +32,7 @@ from fasternet_det.deploy.metadata import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/mini/retinanet_fasternet-t0_fpn_nuclei.py'
+Sample = Tuple[float, float]
 SIDES = (64, 192)  # of the images, in pixels
 FORMS: Dict[str, Callable] = {
     'eager': lambda model, folder: model,
@@ -47,8 +49,9 @@ PAGE = """\
 Written by `python tools/memory.py`. A RetinaNet with a narrow FasterNet is
 trained on the nuclei, two images a batch, then predicts, one image at a time.
 Each has another height and another width, of {sides[0]} to {sides[1]} pixels.
-Resident memory in MB, each row a process of its own on one thread; the growth
-is the slope of a line through the last 80 %.
+Each row is a process of its own, on one thread. All is in MB: what is resident
+and, by glibc's account, what is in use; it keeps what is free in small pieces.
+The growth is of a thousand steps, the slope of a line through the last 80 %.
 
 {table}
 
@@ -58,13 +61,29 @@ Machine: {machine}
 """
 
 
-def resident() -> float:
-    """Memory of this process that is in use, in MB of 10^6 bytes."""
+class MallInfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns, in bytes."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *('arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks'),
+            *('fsmblks', 'uordblks', 'fordblks', 'keepcost'),
+        )
+    ]
+
+
+def measure() -> Sample:
+    """Memory of this process in MB of 10^6 bytes: resident, and in use."""
     pages = int(Path('/proc/self/statm').read_text().split()[1])
-    return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    info = mallinfo()
+    in_use = info.uordblks + info.hblkhd
+    return pages * os.sysconf('SC_PAGE_SIZE') / 1e6, in_use / 1e6
 
 
-def growth(samples: List[float]) -> float:
+def growth(samples: Sequence[float]) -> float:
     """MB per thousand steps, over the last 80 % of them."""
     late = samples[len(samples) // 5 :]
     return 1000 * float(np.polyfit(range(len(late)), late, 1)[0])
@@ -74,11 +93,11 @@ class Watch(Hook):
     """Note the memory after every iteration."""
 
     def __init__(self) -> None:
-        self.samples: List[float] = []
+        self.samples: List[Sample] = []
 
     def after_train_iter(self, *_: object, **__: object) -> None:
         """Note it."""
-        self.samples.append(resident())
+        self.samples.append(measure())
 
 
 def small_config() -> Config:
@@ -93,7 +112,7 @@ def small_config() -> Config:
     return cfg
 
 
-def train(folder: Path, count: int) -> List[float]:
+def train(folder: Path, count: int) -> List[Sample]:
     """Memory after each iteration; leaves weights and an export behind."""
     use_threads(1)
     convert(str(folder / 'nuclei'))
@@ -118,7 +137,9 @@ def train(folder: Path, count: int) -> List[float]:
     return watch.samples
 
 
-def predict(model: torch.nn.Module, image: np.ndarray, count: int) -> List:
+def predict(
+    model: torch.nn.Module, image: np.ndarray, count: int
+) -> List[Sample]:
     """Memory after each prediction, of the image in ever other sizes."""
     samples = []
     generator = np.random.default_rng(0)
@@ -133,11 +154,11 @@ def predict(model: torch.nn.Module, image: np.ndarray, count: int) -> List:
         pixels = torch.from_numpy(resized).permute(2, 0, 1)  # (3, H, W)
         with torch.no_grad():
             model.test_step(dict(inputs=[pixels], data_samples=[sample]))
-        samples.append(resident())
+        samples.append(measure())
     return samples
 
 
-def predict_by(form: str, folder: Path, count: int) -> List[float]:
+def predict_by(form: str, folder: Path, count: int) -> List[Sample]:
     """Memory after each prediction, by a form of what was trained."""
     use_threads(1)
     weights = (folder / 'last_checkpoint').read_text()
@@ -146,27 +167,32 @@ def predict_by(form: str, folder: Path, count: int) -> List[float]:
     return predict(FORMS[form](model, folder), image, count)
 
 
-def alone(run: Callable, *args: object) -> List[float]:
+def alone(run: Callable, *args: object) -> List[Sample]:
     """Run in a process that has done nothing before."""
     with get_context('spawn').Pool(1) as pool:
         return pool.apply(run, args)
 
 
-def write(series: Dict[str, List[float]], out: Path) -> None:
+def write(series: Dict[str, List[Sample]], out: Path) -> None:
     """Write a page with a table, and a figure."""
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     rows = []
     for name, samples in series.items():
-        share = np.linspace(0, 100, len(samples))
-        axes.plot(share, samples, label=f'{name}, {len(samples)} times')
-        at = (samples[0], samples[len(samples) // 5], samples[-1])
-        cells = [f'{value:.0f}' for value in (*at, max(samples))]
-        grown = f'{round(growth(samples), 1) + 0:+.1f}'  # not -0.0
-        rows.append([name, str(len(samples)), *cells, grown])
-    axes.set(xlabel='% done', ylabel='resident memory in MB', ylim=(0, None))
-    axes.legend(loc='lower right')
+        done = np.linspace(0, 100, len(samples))
+        resident, in_use = zip(*samples)
+        (line,) = axes.plot(done, resident, label=name)
+        axes.plot(done, in_use, ':', color=line.get_color())
+        row = [name, str(len(samples))]
+        for values in (resident, in_use):
+            at = values[0], values[len(values) // 5], values[-1]
+            row += [f'{value:.0f}' for value in at]
+            row.append(f'{round(growth(values), 1) + 0:+.1f}')  # not -0.0
+        rows.append(row)
+    axes.set(xlabel='% done', ylabel='memory in MB', ylim=(0, None))
+    axes.legend(loc='lower right', title='resident; dotted: in use')
     figure.savefig(out / 'memory.png', dpi=100, metadata={'Software': None})
-    header = 'first,at 20 %,last,most,growth a thousand'.split(',')
+    header = ['resident: first', 'at 20 %', 'last', 'growth']
+    header += [name.replace('resident', 'in use') for name in header]
     machine = name_machine(describe_machine())
     page = PAGE.format(
         table=table(['', 'times', *header], rows), sides=SIDES, machine=machine
