@@ -31,6 +31,7 @@ from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
 from .distributed import serve_cpus  # noqa: E402
 from .exact_checkpoint_hook import ExactCheckpointHook  # noqa: E402
 from .faster_coco_metric import FasterCocoMetric  # noqa: E402
+from .finite import CheckFiniteHook  # noqa: E402
 from .layers import (  # noqa: E402
     ConvAWS2d,
     SAConv,
@@ -45,9 +46,10 @@ guard_mmengine()
 serve_cpus()
 
 __all__ = [
+    'CheckFiniteHook',
     'ConvAWS2d',
-    'FasterCocoMetric',
     'ExactCheckpointHook',
+    'FasterCocoMetric',
     'FasterNet',
     'GGhostRegNet',
     'GhostNet',

@@ -36,7 +36,9 @@ collect_ignore = [
     )
 ] + [
     f'test_tools/test_{name}.py'
-    for name in ('benchmark', 'compatibility', 'export_tool', 'predict')
+    for name in (
+        *('benchmark', 'compatibility', 'export_tool', 'memory', 'predict'),
+    )
 ]
 if not IS_OLD:
     collect_ignore = []
