@@ -27,11 +27,11 @@ from .backbones import (  # noqa: E402
     GhostNet,
     SlotResNet,
 )
+from .check_finite_hook import CheckFiniteHook  # noqa: E402
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
 from .distributed import serve_cpus  # noqa: E402
 from .exact_checkpoint_hook import ExactCheckpointHook  # noqa: E402
 from .faster_coco_metric import FasterCocoMetric  # noqa: E402
-from .finite import CheckFiniteHook  # noqa: E402
 from .layers import (  # noqa: E402
     ConvAWS2d,
     SAConv,
