@@ -20,7 +20,13 @@ from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
 from safetensors.torch import save_file
 
 from fasternet_det import SlotResNet
-from fasternet_det.unpickler import ROOM, _Unpickler, load
+from fasternet_det.unpickler import (
+    ROOM,
+    _rebuild_tensor,
+    _Storage,
+    _Unpickler,
+    load,
+)
 
 BASE = torch.arange(24.0).reshape(4, 6)
 
@@ -505,13 +511,9 @@ def test_odd_tensors():
     forged = rebuild(BASE.storage(), 0, size, size, False, OrderedDict())
     with pytest.raises(pickle.UnpicklingError, match='layout'):
         load(saved(forged))  # torch computes on no more than 64
-    rebuild_v3 = torch._utils._rebuild_tensor_v3
-    forged = Call(
-        *(rebuild_v3, BASE.untyped_storage(), 0, (2,), (1,), False),
-        *(OrderedDict(), torch.quint8),
-    )
+    storage = _Storage(BASE.untyped_storage(), None)
     with pytest.raises(pickle.UnpicklingError, match='quantized'):
-        load(saved(forged))
+        _rebuild_tensor(storage, 0, (2,), (1,), dtype=torch.quint8)
     forged = rebuild(BASE, 0, (0,), (1,), False, OrderedDict())
     with pytest.raises(pickle.UnpicklingError, match='without a storage'):
         load(saved(forged))
