@@ -28,6 +28,10 @@ from .backbones import (  # noqa: E402
     SlotResNet,
 )
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
+from .datasets.checked import (  # noqa: E402
+    CheckedCocoDataset,
+    LoadCheckedImageFromFile,
+)
 from .layers import (  # noqa: E402
     ConvAWS2d,
     SAConv,
@@ -41,11 +45,13 @@ from .unpickler import guard_mmengine  # noqa: E402
 guard_mmengine()
 
 __all__ = [
+    'CheckedCocoDataset',
     'ConvAWS2d',
     'FasterNet',
     'GGhostRegNet',
     'GhostNet',
     'LayerDecayOptimWrapperConstructor',
+    'LoadCheckedImageFromFile',
     'MultiChannelDataPreprocessor',
     'SAConv',
     'SPConv',
