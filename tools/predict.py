@@ -402,8 +402,8 @@ def main() -> None:
         try:
             detections = predict(path)
         except (OSError, ValueError, cv2.error) as error:
-            told = str(path) in str(error)
-            failed.append(str(error) if told else f'{path}: {error}')
+            text = str(error).strip()
+            failed.append(text if str(path) in text else f'{path}: {text}')
             continue
         found += results(detections, i, name, classes)
         picture = cv2.imread(str(path), as_drawn)
