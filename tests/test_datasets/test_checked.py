@@ -382,7 +382,6 @@ def test_12000x9000(tmp_path):
     (sample,) = samples(cfg)
     assert sample['inputs'].shape == (3, 96, 128)
     assert (sample['inputs'] == 99).all()
-    assert score(cfg)['coco/bbox_mAP'] == 1
 
 
 def test_missing_image(tmp_path):
@@ -577,7 +576,8 @@ def test_annotations(name, folder):
 @pytest.mark.parametrize('detector', ['retinanet', 'mask-rcnn'])
 def test_annotations_train(detector, folder, request):
     batch = []
-    for data, *_ in ANNOTATED.values():
+    for name in ('no_list', 'partly_outside', 'crowd', 'crowd_only', 'rle'):
+        data = ANNOTATED[name][0]
         data = {key: value for key, value in data.items() if value is not None}
         cfg = configured(folder, data, detector)
         cfg.train_dataloader.dataset.pipeline[2].scale = (128, 128)
