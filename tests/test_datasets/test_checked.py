@@ -384,6 +384,18 @@ def test_12000x9000(tmp_path):
     assert (sample['inputs'] == 99).all()
 
 
+def test_other_decoders_are_kept(folder):
+    cfg = configured(folder, made_data(made_annotation()))
+    dataset = cfg.train_dataloader.dataset
+    for backend, kind in (
+        ('cv2', LoadCheckedImageFromFile),
+        ('pillow', LoadImageFromFile),
+    ):
+        dataset.pipeline[0].imdecode_backend = backend
+        step = DATASETS.build(dataset).pipeline.transforms[0]
+        assert type(step) is kind and step.color_type == 'color'
+
+
 def test_missing_image(tmp_path):
     cfg = configured(tmp_path, made_data(made_annotation()))
     with pytest.raises(FileNotFoundError, match='images/a.png'):
