@@ -29,6 +29,10 @@ from .backbones import (  # noqa: E402
 )
 from .check_finite_hook import CheckFiniteHook  # noqa: E402
 from .data_preprocessor import MultiChannelDataPreprocessor  # noqa: E402
+from .datasets.checked import (  # noqa: E402
+    CheckedCocoDataset,
+    LoadCheckedImageFromFile,
+)
 from .distributed import serve_cpus  # noqa: E402
 from .exact_checkpoint_hook import ExactCheckpointHook  # noqa: E402
 from .faster_coco_metric import FasterCocoMetric  # noqa: E402
@@ -47,6 +51,7 @@ serve_cpus()
 
 __all__ = [
     'CheckFiniteHook',
+    'CheckedCocoDataset',
     'ConvAWS2d',
     'ExactCheckpointHook',
     'FasterCocoMetric',
@@ -54,6 +59,7 @@ __all__ = [
     'GGhostRegNet',
     'GhostNet',
     'LayerDecayOptimWrapperConstructor',
+    'LoadCheckedImageFromFile',
     'MultiChannelDataPreprocessor',
     'SAConv',
     'SPConv',

@@ -24,6 +24,8 @@ FLAGS = dict(
     color=cv2.IMREAD_COLOR,
     grayscale=cv2.IMREAD_GRAYSCALE,
     unchanged=cv2.IMREAD_UNCHANGED,
+    color_ignore_orientation=cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
+    grayscale_ignore_orientation=cv2.IMREAD_IGNORE_ORIENTATION,
 )
 
 
@@ -44,6 +46,43 @@ class Found(NamedTuple):
 
 
 Predict = Callable[[Path], Found]
+
+
+# ---- images
+
+
+def decode(content: bytes, flag: int) -> np.ndarray:
+    """Decode an image, or say why it cannot be read right.
+
+    Args:
+        content (bytes): The file.
+        flag (int): How to read it, such as ``cv2.IMREAD_COLOR``.
+
+    Returns:
+        ndarray: The image, of shape (H, W) or (H, W, C), C in BGR order.
+
+    Raises:
+        ValueError: If it is no whole image, or would lose bits.
+    """
+    if not content:
+        raise ValueError('the file is empty')
+    # Of a baseline JPEG that is cut short, OpenCV before 4.11 makes up the
+    # rest. A scan begins with FF DA; FF D9, after the last one, ends the file.
+    is_jpeg = content.startswith(b'\xff\xd8')
+    if is_jpeg and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
+        raise ValueError('the JPEG file is cut short')
+    image = cv2.imdecode(
+        np.frombuffer(content, np.uint8), flag | cv2.IMREAD_ANYDEPTH
+    )
+    if image is None:
+        raise ValueError('OpenCV cannot decode it: is it a whole image?')
+    if flag != cv2.IMREAD_UNCHANGED and image.dtype != np.uint8:
+        raise ValueError(
+            f'of its {image.dtype} only 8 bits would be kept: convert it, or '
+            "train with color_type='unchanged', to_float32=True: "
+            'docs/config.md'
+        )
+    return image
 
 
 # ---- exported files
@@ -109,6 +148,11 @@ def prepare(
                 max(size) / max(height, width), min(size) / min(height, width)
             )
             size = int(width * factor + 0.5), int(height * factor + 0.5)
+            if not min(size):
+                raise ValueError(
+                    f'{width}x{height} pixels would be resized to '
+                    f'{size[0]}x{size[1]}'
+                )
         image = cv2.resize(image, size)
         factors = (size[0] / width, size[1] / height)
     image = image.reshape(*image.shape[:2], -1)
@@ -161,8 +205,8 @@ def unpad(
     return 1 / (1 + np.exp(-logits))
 
 
-def load_exported(path: Path) -> Tuple[Predict, List[str]]:
-    """Load an exported file: what finds objects in an image, and classes."""
+def load_exported(path: Path) -> Tuple[Predict, List[str], int]:
+    """Load an exported file: what finds objects, classes, how it reads."""
     open_file = open_onnx if path.suffix == '.onnx' else open_openvino
     session, notes = open_file(str(path))
     notes = {key: json.loads(value) for key, value in notes.items()}
@@ -172,9 +216,10 @@ def load_exported(path: Path) -> Tuple[Predict, List[str]]:
             'tools/export.py writes that, of test pipelines that only load, '
             'resize and pad'
         )
+    flag = FLAGS[notes['color_type']]
 
     def predict(image_path: Path) -> Found:
-        image = cv2.imread(str(image_path), FLAGS[notes['color_type']])
+        image = decode(image_path.read_bytes(), flag)
         images, factors, size = prepare(image, notes)
         dets, labels, *masks = (output[0] for output in session(images))
         real = labels >= 0
@@ -182,34 +227,44 @@ def load_exported(path: Path) -> Tuple[Predict, List[str]]:
         boxes /= np.float32(factors * 2)
         shape = image.shape[:2]
         if notes['mask_grid'] == 'image':
-            masks = [
+            masks = (
                 unpad(mask, images.shape[2:], factors, shape)
                 for mask in masks[0][real]
-            ]
+            )
         elif masks:
-            masks = [
+            masks = (
                 spread(mask, box, shape)
                 for mask, box in zip(masks[0][real], boxes)
-            ]
+            )
+        # one by one: of a large image, each takes much memory
         masks = [mask >= notes['mask_threshold'] for mask in masks]
         return Found(boxes, dets[real, 4], labels[real], masks)
 
-    return predict, notes['classes']
+    return predict, notes['classes'], flag
 
 
 # ---- a config and its weights
 
 
-def load_mmdet(config: Path, checkpoint: str) -> Tuple[Predict, List[str]]:
+def load_mmdet(
+    config: Path, checkpoint: str
+) -> Tuple[Predict, List[str], int]:
     """Load a detector of mmdet, likewise."""
     from mmdet.apis import inference_detector, init_detector
+    from mmdet.utils import get_test_pipeline_cfg
+    from mmengine.dataset import Compose
 
-    import fasternet_det  # noqa: F401, from now on mmengine reads safely
+    # from now on mmengine reads safely
+    from fasternet_det.datasets.checked import check_images
 
     model = init_detector(str(config), checkpoint, device='cpu')
+    pipeline = Compose(get_test_pipeline_cfg(model.cfg))
+    check_images(pipeline)
+    flag = FLAGS[getattr(pipeline.transforms[0], 'color_type', 'color')]
 
     def predict(image_path: Path) -> Found:
-        found = inference_detector(model, str(image_path)).pred_instances
+        sample = inference_detector(model, str(image_path), pipeline)
+        found = sample.pred_instances
         return Found(
             found.bboxes.numpy(),
             found.scores.numpy(),
@@ -217,7 +272,7 @@ def load_mmdet(config: Path, checkpoint: str) -> Tuple[Predict, List[str]]:
             list(found.masks.numpy()) if 'masks' in found else [],
         )
 
-    return predict, model.dataset_meta['classes']
+    return predict, model.dataset_meta['classes'], flag
 
 
 # ---- what is written
@@ -332,7 +387,7 @@ def main() -> None:
             raise FileExistsError(f'{args.out} exists: name another by --out')
         if not args.model.is_file():
             raise FileNotFoundError(f'there is no file {args.model}')
-        predict, classes = (
+        predict, classes, flag = (
             load_mmdet(args.model, args.checkpoint)
             if args.checkpoint
             else load_exported(args.model)
@@ -340,15 +395,25 @@ def main() -> None:
     except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
         sys.exit(f'Nothing was written: {error}')
     args.out.mkdir(parents=True)
-    found = []
+    found, failed = [], []
+    # pictures are turned by their EXIF orientation where images are
+    as_drawn = flag & cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR
     for i, (name, path) in enumerate(track(list(images.items()))):
-        detections = predict(path)
+        try:
+            detections = predict(path)
+        except (OSError, ValueError, cv2.error) as error:
+            text = str(error).strip()
+            failed.append(text if str(path) in text else f'{path}: {text}')
+            continue
         found += results(detections, i, name, classes)
-        picture = cv2.imread(str(path))
+        picture = cv2.imread(str(path), as_drawn)
         draw(picture, detections, classes, args.score_thr)
         cv2.imwrite(str(args.out / name), picture)
     (args.out / 'results.json').write_text(json.dumps(found))
-    print(f'{len(found)} detections in {len(images)} images: {args.out}')
+    done = len(images) - len(failed)
+    print(f'{len(found)} detections in {done} images: {args.out}')
+    if failed:
+        sys.exit('\n  '.join([f'{len(failed)} images failed:', *failed]))
 
 
 if __name__ == '__main__':

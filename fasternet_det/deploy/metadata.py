@@ -57,7 +57,9 @@ def describe(
         classes=classes,
         dtype='uint8' if pixels else 'float32',
         layout='NCHW',
-        channels=order if reading.get('color_type') == 'color' else None,
+        channels=order
+        if reading.get('color_type', '').startswith('color')
+        else None,
         mean=None if pixels else cfg.get('mean'),
         std=None if pixels else cfg.get('std'),
         pad_divisor=1 if pixels else cfg.get('pad_size_divisor', 1),
@@ -71,7 +73,8 @@ def describe(
 def _reading(config: Config) -> Dict[str, Any]:
     """How images are read, resized and padded before they are normalised."""
     steps = {
-        step.type.split('.')[-1]: step
+        # LoadCheckedImageFromFile reads what it does not refuse likewise
+        step.type.split('.')[-1].replace('Checked', ''): step
         for step in get_test_pipeline_cfg(config)
     }
     for name, step in steps.items():
