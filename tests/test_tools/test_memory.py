@@ -37,19 +37,23 @@ def test_page(tmp_path):
     assert (tmp_path / 'memory.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('leaks', [False, True])
-def test_predictions(leaks, tmp_path):
-    """Of the fast form, which packs its weights anew for every size."""
-    convert(str(tmp_path))
-    image = cv2.imread(str(next(tmp_path.glob('val/*.png'))))
+def predict(folder, leaks):
+    """Memory over predictions of the fast form, which packs by size."""
+    convert(str(folder))
+    image = cv2.imread(str(next(folder.glob('val/*.png'))))
     init_default_scope('mmdet')
-    model = MODELS.build(memory.small_config().model).eval()
-    model = optimize(model)
+    model = optimize(MODELS.build(memory.small_config().model).eval())
     kept = []
     if leaks:
         model.backbone.register_forward_hook(
             lambda module, args, maps: kept.append(maps[0].clone())
         )
-    samples = memory.predict(model, image, COUNT)[SETTLED:]
+    return memory.predict(model, image, COUNT)[SETTLED:]
+
+
+@pytest.mark.parametrize('leaks', [False, True])
+def test_predictions(leaks, tmp_path):
+    """In a process of their own: this one has memory to spare."""
+    samples = memory.alone(predict, tmp_path, leaks)
     for values in zip(*samples):  # resident, and in use
         assert (memory.growth(values) > 1000 * MAP / 2) == leaks
