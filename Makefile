@@ -31,5 +31,5 @@ lint: env
 	$(BIN)/ruff format --check .
 
 test: lint
-	@echo '==> Running the tests: 15 to 20 minutes on two cores'
+	@echo '==> Running the tests: about 20 minutes on two cores'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
