@@ -122,7 +122,7 @@ TRAININGS = {
                     batch_augments=[
                         dict(
                             type='BatchSyncRandomResize',
-                            random_size_range=(64, 128),
+                            random_size_range=(96, 128),  # of images of 64
                             interval=2,
                         )
                     ]
