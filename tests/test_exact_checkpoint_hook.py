@@ -34,6 +34,7 @@ from fasternet_det.datasets import nuclei
 from fasternet_det.exact_checkpoint_hook import (
     _attributes,
     _Fetch,
+    _LateRemoval,
     _NumberedBatches,
     _owners,
     _passes,
@@ -392,6 +393,16 @@ def test_full_disk(configure):
     assert last(config)['meta']['iter'] == 3
     left = {path.name for path in Path(config.work_dir).glob('iter*')}
     assert left == {'iter_3.pth'}
+
+
+def test_the_older_best_goes_last(tmp_path):
+    """After the new one, as mmengine would remove it before."""
+    backend, path = _LateRemoval(), tmp_path / 'best.pth'
+    backend.put(b'weights', str(path))
+    backend.remove(str(path))
+    assert path.read_bytes() == b'weights'
+    backend.remove_outdated()
+    assert list(tmp_path.iterdir()) == []
 
 
 def resume_changed(config, work_dir, checkpoint):
