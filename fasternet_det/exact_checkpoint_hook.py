@@ -383,10 +383,9 @@ class ExactCheckpointHook(CheckpointHook):
                 'it goes on over other data'
             )
         state = saved['states'][get_rank()]
+        modules = _stateful(runner)
         for name, buffers in state['buffers'].items():
-            for buffer, value in zip(
-                _stateful(runner)[name].buffers(), buffers
-            ):
+            for buffer, value in zip(modules[name].buffers(), buffers):
                 buffer.copy_(value)
         owners = _owners(model)
         for name, key, value in state['attributes']:
@@ -398,9 +397,26 @@ class ExactCheckpointHook(CheckpointHook):
         self._done = saved['done']
         batches = loop.dataloader.batch_sampler
         batches.skip = loop.iter if self._by_iter else self._done
-        if not saved['validated'] and not self._done and _validates(runner):
+        if (
+            not saved['validated']
+            and not self._done
+            and self._validates(runner)
+        ):
             runner.logger.info('The validation before the break comes first.')
             runner.val_loop.run()
+
+    def _validates(self, runner: Runner) -> bool:
+        """Tell whether the loop validates at the place it has come to."""
+        loop = runner.train_loop
+        step, last = loop.epoch, loop.max_epochs
+        if self._by_iter:
+            step, last = loop.iter, loop.max_iters
+        loop._decide_current_val_interval()
+        return (
+            runner.val_loop is not None
+            and step >= loop.val_begin
+            and (step % loop.val_interval == 0 or step == last)
+        )
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Number the batches of an epoch."""
@@ -435,6 +451,8 @@ class ExactCheckpointHook(CheckpointHook):
         )
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not self.save_best:
+            return
         self._validated = True
         self._states = all_gather_object(self._state(runner))
         super()._save_best_checkpoint(runner, metrics)
@@ -496,17 +514,3 @@ def _stateful(runner: Runner) -> Dict[str, nn.Module]:
         if hasattr(hook, 'ema_model')
     }
     return dict(model=_module(runner), **averages)
-
-
-def _validates(runner: Runner) -> bool:
-    """Tell whether the loop validates at the place it has come to."""
-    loop = runner.train_loop
-    step, last = loop.epoch, loop.max_epochs
-    if hasattr(loop, 'dataloader_iterator'):
-        step, last = loop.iter, loop.max_iters
-    loop._decide_current_val_interval()
-    return (
-        runner.val_loop is not None
-        and step >= loop.val_begin
-        and (step % loop.val_interval == 0 or step == last)
-    )
