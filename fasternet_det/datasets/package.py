@@ -1,5 +1,6 @@
 """Files out of packages on a package index, read without an installation."""
 
+import argparse
 import io
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import List, Sequence
+from typing import Callable, List, Sequence
 
 
 def fetch(
@@ -60,3 +61,21 @@ def fetch(
             return [archive.read(member) for member in members]
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         return [archive.extractfile(member).read() for member in members]
+
+
+def run(about: str, convert: Callable[[str], None], source: str) -> None:
+    """Parse the command line of a converter, convert, and name the source.
+
+    Args:
+        about (str): What the command does, in its first line.
+        convert (Callable): Writes to a folder.
+        source (str): Of the data, with its licence.
+    """
+    parser = argparse.ArgumentParser(description=about.split('\n')[0])
+    parser.add_argument('out_dir', help='folder to write to')
+    args = parser.parse_args()
+    try:
+        convert(args.out_dir)
+    except OSError as error:
+        parser.exit(1, f'{error}\n')
+    print(f'{args.out_dir}: {source}.')  # noqa: T201
