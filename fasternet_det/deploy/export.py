@@ -1,6 +1,7 @@
 """Export to ONNX and OpenVINO, and running what was exported."""
 
 import copy
+import functools
 import json
 import os
 import re
@@ -340,6 +341,18 @@ def check_target(path: Path) -> None:
             raise FileExistsError(f'{file} exists: remove it or name another')
 
 
+@functools.lru_cache(maxsize=None)
+def _openvino() -> openvino.Core:
+    """The one core of the process, which is never released.
+
+    Each sets up a stack for signals, and gives back on its release the one
+    that it found: of two, released in the order in which they were made, that
+    of the first, which is gone. The next signal with a handler, such as that
+    of a worker of torch's DataLoader that ends, then kills the process.
+    """
+    return openvino.Core()
+
+
 def load(
     path: Union[str, Path],
     runtime: str = 'onnxruntime',
@@ -371,7 +384,7 @@ def load(
         )
         return lambda images: session.run(None, {INPUT: images})
     if runtime == 'openvino' and precision in ('f32', 'bf16'):
-        compiled = openvino.Core().compile_model(
+        compiled = _openvino().compile_model(
             str(path),
             'CPU',
             dict(

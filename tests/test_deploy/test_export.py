@@ -592,6 +592,24 @@ def test_opset_of_regions(tmp_path):
         export(model, tmp_path / 'a.onnx', opset=22)
 
 
+def test_openvino_leaves_signals_be(tmp_path):
+    """Sessions released in the order of their making; a child that ends."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    export(model, tmp_path / 'a.onnx')
+    code = """
+import faulthandler, signal, subprocess
+from fasternet_det.deploy.export import load
+faulthandler.enable()
+signal.signal(signal.SIGCHLD, lambda *_: None)
+sessions = [load('a.onnx', 'openvino') for _ in range(2)]
+while sessions:
+    sessions.pop(0)
+subprocess.run('true')
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path)
+    assert done.returncode == 0
+
+
 def test_unknown_runtimes(tmp_path):
     for runtime, precision in (('tensorrt', 'f32'), ('onnxruntime', 'bf16')):
         with pytest.raises(ValueError, match=f'got {runtime} in {precision}'):
