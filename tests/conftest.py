@@ -339,11 +339,11 @@ def trained(project, config, tmp_path_factory):
         folder = folder.parent
     work_dir = folder / 'trained' / config.stem
     with FileLock(f'{folder / "trained"}.lock'):
-        if not (work_dir / 'iter_60.pth').exists():
+        if not (work_dir / 'iter_40.pth').exists():
             project(
                 *(project.tools / 'train.py', config),
                 *('--work-dir', work_dir, '--cfg-options'),
-                *('train_cfg.max_iters=60', 'train_cfg.val_interval=60'),
-                'param_scheduler.1.end=60',
+                *('train_cfg.max_iters=40', 'train_cfg.val_interval=40'),
+                'param_scheduler.1.end=40',
             )
     return work_dir

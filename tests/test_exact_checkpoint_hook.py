@@ -13,7 +13,9 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,6 +235,14 @@ def train(config, **options):
 def log(config):
     path = Path(config.work_dir, 'log0.txt')
     return path.read_text() if path.exists() else ''
+
+
+@pytest.fixture(scope='module', autouse=True)
+def preloaded():
+    """Where Python 3.11's has no ``sys.path``, it imports nothing before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope='module')

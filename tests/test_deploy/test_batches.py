@@ -50,7 +50,7 @@ def exported(detector, tmp_path_factory):
     return ExportedDetector(load(path), None)
 
 
-@pytest.fixture(params=['eager', 'fast', 'exported'])
+@pytest.fixture(params=['eager', 'fast'])
 def form(request, detector):
     if request.param == 'exported':
         return request.getfixturevalue('exported')
@@ -86,6 +86,20 @@ def assert_equal(a, b):
         assert (a.masks != b.masks).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize(
+    'detector, form',
+    [
+        pytest.param(
+            *(detector, form),
+            # half a minute
+            marks=[pytest.mark.configs]
+            * (form == 'exported' and 'mask-rcnn' in detector),
+        )
+        for detector in SCORE_THR
+        for form in ('eager', 'fast', 'exported')
+    ],
+    indirect=True,
+)
 def test_batch_is_its_images(form, detector, batch):
     """The last one's detections are none."""
     images, samples = batch
@@ -121,7 +135,6 @@ def test_threads(form, batch):
             assert_equal(a, b)
 
 
-@pytest.mark.parametrize('form', ['eager', 'fast'], indirect=True)
 @pytest.mark.parametrize(
     'detector', ['retinanet_fasternet-t0_fpn'], indirect=True
 )

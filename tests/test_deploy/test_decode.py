@@ -429,13 +429,12 @@ def assert_exports(model, path, runtimes, sizes, stride=None):
 @pytest.mark.parametrize(
     'kind, runtimes',
     [
-        ('cascade', RUNTIMES),
-        ('rtmdet-ins', RUNTIMES),
-        *(
-            pytest.param(kind, RUNTIMES, marks=pytest.mark.configs)
-            for kind in KINDS
-            if kind not in ('cascade', 'rtmdet-ins')
-        ),
+        pytest.param(
+            kind,
+            RUNTIMES,
+            marks=[pytest.mark.configs] * (kind != 'rtmdet-ins'),
+        )
+        for kind in KINDS
     ],
 )
 def test_export_of_heads(kind, runtimes, tmp_path):

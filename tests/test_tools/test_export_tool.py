@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import onnx
-import openvino
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -87,22 +86,6 @@ def test_backbone(run, checkpoint, tmp_path):
     assert onnx.load(path).opset_import[0].version == 17
     expected = describe(Config.fromfile(CONFIG), pixels=True)
     assert notes(path) == json.loads(json.dumps(expected))
-
-
-def test_int8_for_openvino_scored(run, checkpoint, tmp_path):
-    done = run(
-        *(CONFIG, checkpoint, '--format', 'openvino', '--int8'),
-        *('--max-drop', '1'),
-    )
-    assert done.returncode == 0, done.stderr
-    name = f'{CONFIG.stem}_int8.xml'
-    # before anything, as first tried, and as written
-    for scored in ('PyTorch', 'INT8', name):
-        assert f'\n{scored}: coco/bbox_mAP ' in done.stdout
-    read = openvino.Core().read_model(tmp_path / name)
-    assert read.get_rt_info(['model_info', 'classes']).value == '["nucleus"]'
-    weights = (tmp_path / name).with_suffix('.bin')
-    assert weights.stat().st_size < 0.35 * checkpoint.stat().st_size
 
 
 def test_max_drop(checkpoint, tmp_path, monkeypatch, capsys):

@@ -56,7 +56,7 @@ def images(project, tmp_path_factory):
 @pytest.fixture(scope='module')
 def retinanet(config, trained, tmp_path_factory):
     """A trained detector, and its export in float32 for OpenVINO."""
-    model = init_detector(config, str(trained / 'iter_60.pth'), device='cpu')
+    model = init_detector(config, str(trained / 'iter_40.pth'), device='cpu')
     path = tmp_path_factory.mktemp('retinanet') / 'a.xml'
     export(model, path, describe(model.cfg, model.dataset_meta['classes']))
     return model, path
