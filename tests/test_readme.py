@@ -42,7 +42,7 @@ for loader, pipeline, place in (
     (train_dataloader, _base_.train_pipeline, 2),
     (val_dataloader, _base_.test_pipeline, 1),
 ):
-    pipeline[place]['scale'] = (256, 256)
+    pipeline[place]['scale'] = (160, 160)
     loader['dataset']['pipeline'] = pipeline
 del loader, pipeline, place
 """
@@ -96,13 +96,13 @@ def reader(project, site, imagenet):
 
 
 def run_demo(command, reader, tmp_path):
-    """Shortened to 20 iterations."""
+    """Shortened to 20 iterations of two images."""
     # else it would make .venv anew, by the Python of this environment
     version = re.sub(r'^\.venv(-torch)?', '', Path(sys.prefix).name)
     said = sh(
         f'{command} TORCH={version} WORK_DIR="{tmp_path}" '
         'OPTIONS="--cfg-options train_cfg.max_iters=20 '
-        'param_scheduler.1.end=20"',
+        'param_scheduler.1.end=20 train_dataloader.batch_size=2"',
         ROOT,
     )
     trained, tested = (
