@@ -239,7 +239,7 @@ def log(config):
 
 @pytest.fixture(scope='module', autouse=True)
 def preloaded():
-    """Where Python 3.11's has no ``sys.path``, it imports nothing before."""
+    """Start what all are forked from, to which Python 3.11 gives no path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))
         forkserver.ensure_running()
@@ -367,7 +367,12 @@ def kill_while_saving(configure, times):
             assert process.is_alive(), log(config)
             time.sleep(0.001)
             steps = re.findall(r'Saving checkpoint at (\d+)', log(config))
-        time.sleep(random.uniform(0, 0.3))  # saving takes about as long
+        # At any moment of saving or, each second time, of writing the file.
+        new = Path(config.work_dir, f'iter_{steps[-1]}.pth')
+        part = Path(f'{new}.part')
+        while i % 2 and not (part.exists() or new.exists()):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.02 if i % 2 else 0.5))
         process.kill()
         process.join()
         steps = re.findall(r'Saving checkpoint at (\d+)', log(config))
