@@ -190,6 +190,12 @@ def run_export(command, reader, tmp_path):
     session = load(
         reader.folder / name, 'openvino' if openvino else 'onnxruntime'
     )
+    if openvino:
+        from openvino import Core
+
+        read = Core().read_model(reader.folder / name)
+        notes = read.get_rt_info(['model_info', 'classes'])
+        assert notes.value == '["nucleus"]'
     for height, width in ((128, 128), (256, 320)):
         images = np.random.rand(1, 3, height, width)
         dtype = np.uint8 if '--pixels' in command else np.float32
