@@ -92,7 +92,8 @@ def test_trains_and_measures(compare, monkeypatch, capsys, tmp_path):
 def test_evidence(compare):
     """Four backbones in the same detectors, by one recipe, on the same data.
 
-    Models and recipes are those on the nuclei, but for the statistics.
+    Models and recipes are those on the nuclei, but for the statistics and, of
+    Mask R-CNN on craters, the anchors' scale and twice the iterations.
     """
     paths = compare.COMPARISONS['evidence']
     assert len(paths) == len(set(paths.values())) == 16
@@ -124,6 +125,13 @@ def test_evidence(compare):
             assert loader.dataset.data_root == f'data/{folder}/'
         assert first.test_evaluator == first.val_evaluator
         assert first.test_evaluator.ann_file.startswith(f'data/{folder}/')
+    for cfg in groups['craters, Mask R-CNN'].values():
+        anchors = cfg.model.rpn_head.anchor_generator
+        scheduler = cfg.param_scheduler[1]
+        assert anchors.scales == [4]
+        assert cfg.train_cfg.max_iters == scheduler.end == 240
+        anchors.scales = [6]
+        cfg.train_cfg.max_iters = scheduler.end = 120
     for group in ('HeLa, Mask R-CNN', 'HeLa, RTMDet'):
         for name, cfg in groups[group].items():
             others = [groups[group.replace('HeLa', 'craters')][name]]
