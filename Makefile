@@ -32,4 +32,4 @@ lint: env
 
 test: lint
 	@echo '==> Running the tests: about 20 minutes on two cores'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
