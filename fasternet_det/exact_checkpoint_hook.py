@@ -11,6 +11,7 @@ import copy
 import os
 import random
 import shutil
+from bisect import bisect
 from inspect import signature
 from itertools import count, repeat
 from types import FunctionType
@@ -113,27 +114,31 @@ class _NumberedBatches:
     """Another batch sampler's batches, each after its number.
 
     A batch is ``[number, segment, *indices]``: how many batches the training
-    had before it, and how many times it could have been resumed by then.
+    had before it, and what changes where it may be resumed, and with each
+    pass: then the worker whose turn it is may be another one than unresumed.
     """
 
     def __init__(
-        self, batches: BatchSampler, segment: Callable[[int], int]
+        self, batches: BatchSampler, is_saved: Callable[[int], bool]
     ) -> None:
         self.batches = batches
         self.sampler = batches.sampler  # where mmengine sets the epoch
-        self.segment = segment
+        self.is_saved = is_saved  # after so many batches
         self.number = 0
+        self.segment = 0
         self.skip = 0  # batches of the next pass that are done
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[List[int]]:
+        self.segment += 1
         for indices in self.batches:
             if self.skip:
                 self.skip -= 1
                 continue
-            yield [self.number, self.segment(self.number), *indices]
+            self.segment += self.is_saved(self.number)
+            yield [self.number, self.segment, *indices]
             self.number += 1
 
 
@@ -161,7 +166,7 @@ class _Fetch:
     def __call__(self, batch: List[int]) -> list:
         number, segment, *indices = batch
         if segment != self.segment:
-            # A resumed training starts with empty caches, so all do.
+            # A resumed training starts with empty caches, so all do there.
             for cache in _caches(self.dataset):
                 cache.clear()
             self.segment = segment
@@ -241,7 +246,7 @@ class ExactCheckpointHook(CheckpointHook):
       middle of an epoch too, and loads nothing before it.
     - A validation that the kill prevented comes first.
     - The images which mmdet's CachedMosaic and CachedMixUp keep are dropped
-      at each checkpoint.
+      at each checkpoint and with each pass over the data.
     - Numbers that a model keeps outside its tensors, gradients not yet
       applied, and each process's own buffers are saved.
 
@@ -318,16 +323,18 @@ class ExactCheckpointHook(CheckpointHook):
             or dict(type=BatchSampler, drop_last=cfg.get('drop_last', False)),
             default_args=dict(sampler=sampler, batch_size=cfg['batch_size']),
         )
-        epoch = len(batches)
-        periods = [(self.save_begin, self.interval, self.by_epoch)]
-        if self.save_best:  # which saves anew after a validation
-            periods.append((0, loop.val_interval, not self._by_iter))
 
-        def segment(number: int) -> int:
-            return sum(
-                (number // (epoch if by_epoch else 1) - begin) // interval
-                for begin, interval, by_epoch in periods
-                if interval > 0
+        def is_saved(number: int) -> bool:
+            # What is saved by epoch is between two passes.
+            saves = not self.by_epoch and self.interval > 0
+            if saves and (number - self.save_begin) % self.interval == 0:
+                return True
+            # A validation may save anew.
+            index = bisect(loop.dynamic_milestones, number + 1) - 1
+            return (
+                self.save_best is not None
+                and self._by_iter
+                and number % loop.dynamic_intervals[index] == 0
             )
 
         old.dataset.__getitems__ = _Fetch(old.dataset, *self._seeds.entropy)
@@ -337,7 +344,7 @@ class ExactCheckpointHook(CheckpointHook):
             if name not in EXCLUSIVE and hasattr(old, name)
         }
         loop.dataloader = DataLoader(
-            batch_sampler=_NumberedBatches(batches, segment), **options
+            batch_sampler=_NumberedBatches(batches, is_saved), **options
         )
         if self._by_iter:
             loop.dataloader_iterator = _passes(loop.dataloader, loop.iter)
@@ -394,6 +401,7 @@ class ExactCheckpointHook(CheckpointHook):
         for name, gradient in state['gradients'].items():
             parameters[name].grad = gradient.to(parameters[name].device)
 
+        self.last_ckpt = runner.message_hub.get_info('last_ckpt')
         self._done = saved['done']
         batches = loop.dataloader.batch_sampler
         batches.skip = loop.iter if self._by_iter else self._done

@@ -34,6 +34,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from fasternet_det.checkpoint import read_checkpoint
 from fasternet_det.datasets import nuclei
 from fasternet_det.exact_checkpoint_hook import (
+    ExactCheckpointHook,
     _attributes,
     _Fetch,
     _LateRemoval,
@@ -79,6 +80,12 @@ MOSAIC = [
     dict(type='CachedMixUp', img_scale=(64, 64), max_cached_images=4),
     dict(type='PackDetInputs'),
 ]
+EMA = dict(
+    type='EMAHook',
+    ema_type='ExpMomentumEMA',
+    update_buffers=True,
+    priority=49,
+)
 TRAININGS = {
     # Random sampling and drop path; gradients that wait for the next ones.
     'iterations': (
@@ -103,7 +110,7 @@ TRAININGS = {
             ),
         ),
     ),
-    # Saved in the middle of an epoch, of five batches.
+    # Saved in the middle of an epoch, of five batches, and after what is best.
     'epochs': (
         1,
         MASK_RCNN,
@@ -112,7 +119,11 @@ TRAININGS = {
             train_dataloader=dict(
                 batch_sampler=dict(type='AspectRatioBatchSampler')
             ),
-            default_hooks=dict(checkpoint=dict(interval=4)),
+            default_hooks=dict(
+                checkpoint=dict(
+                    interval=4, max_keep_ckpts=-1, save_best='auto'
+                )
+            ),
         ),
     ),
     'rtmdet': (
@@ -136,12 +147,7 @@ TRAININGS = {
                 checkpoint=dict(interval=1, by_epoch=True, save_best='auto')
             ),
             custom_hooks=[
-                dict(
-                    type='EMAHook',
-                    ema_type='ExpMomentumEMA',
-                    update_buffers=True,
-                    priority=49,
-                ),
+                EMA,
                 dict(
                     type='PipelineSwitchHook',
                     switch_epoch=2,
@@ -162,6 +168,20 @@ TRAININGS = {
         dict(
             train_cfg=dict(max_iters=5, val_interval=10),
             custom_hooks=[dict(type='SyncBuffersHook')],
+        ),
+    ),
+    # Epochs of three batches, by two workers of each process, whose caches
+    # could outlive them; saved after four each.
+    'mosaics': (
+        2,
+        'rtmdet_fasternet-t0_nuclei.py',
+        EPOCHS,
+        dict(
+            model=dict(use_syncbn=False),  # which needs GPUs
+            train_dataloader=dict(dataset=dict(pipeline=MOSAIC)),
+            default_hooks=dict(checkpoint=dict(interval=4)),
+            custom_hooks=[EMA],
+            train_cfg=dict(max_epochs=3),
         ),
     ),
 }
@@ -297,10 +317,11 @@ def last(config):
 
 CASES = [
     ('iterations', dict(kill_at=4)),
-    ('epochs', dict(kill_at=7)),
+    ('epochs', dict(kill_at=5)),
     ('rtmdet', dict(kill_at=8)),
     ('processes', dict(kill_at=4)),
     pytest.param('passes', dict(kill_at=6), marks=pytest.mark.kills),
+    pytest.param('mosaics', dict(kill_at=5), marks=pytest.mark.kills),
     pytest.param('rtmdet', dict(kill_in_val_at=5), marks=pytest.mark.kills),
 ]
 KILLED = -signal.SIGKILL
@@ -410,6 +431,24 @@ def test_full_disk(configure):
     assert left == {'iter_3.pth'}
 
 
+def test_file_client_args_are_refused():
+    hook = ExactCheckpointHook(file_client_args=dict(backend='disk'))
+    with pytest.raises(ValueError, match='takes backend_args, not the file_c'):
+        hook.before_train(None)
+
+
+@pytest.mark.parametrize('what', ['loader', 'sampler'])
+def test_built_samplers_are_refused(what):
+    """A built one would go on in an order of its own."""
+    sampler = DefaultSampler(range(4))
+    loader = DataLoader(range(4), sampler=sampler)
+    if what == 'sampler':
+        loader = dict(sampler=sampler)
+    runner = SimpleNamespace(train_loop=None, _train_dataloader=loader)
+    with pytest.raises(TypeError, match='builds the sampler .* as configs'):
+        ExactCheckpointHook()._number_batches(runner)
+
+
 def test_the_older_best_goes_last(tmp_path):
     """After the new one, as mmengine would remove it before."""
     backend, path = _LateRemoval(), tmp_path / 'best.pth'
@@ -428,24 +467,34 @@ def resume_changed(config, work_dir, checkpoint):
     path = Path(config.work_dir, 'a.pth')
     torch.save(checkpoint, path)
     Path(config.work_dir, 'last_checkpoint').write_text(str(path))
-    config.train_cfg.max_iters += 1
+    if 'max_iters' in config.train_cfg:
+        config.train_cfg.max_iters += 1
     return train(config, resume=True), log(config)
 
 
-def test_other_batches_are_refused(whole):
-    config = copy.deepcopy(whole('iterations'))
+@pytest.mark.parametrize(
+    'name, old, new',
+    [
+        ('iterations', {}, dict(batch_size=3)),
+        ('iterations', dict(processes=2), dict(processes=1)),
+        ('rtmdet', {}, dict(num_workers=1)),
+    ],
+)
+def test_other_batches_are_refused(name, old, new, whole):
+    config = copy.deepcopy(whole(name))
     checkpoint = last(config)
-    config.train_dataloader.batch_size = 3
-    code, said = resume_changed(config, 'three', checkpoint)
+    layout = checkpoint['exact_resume']['layout']
+    expected = layout | new
+    layout.update(old)
+    config.train_dataloader.update(
+        {key: value for key, value in new.items() if key != 'processes'}
+    )
+    code, said = resume_changed(config, *new, checkpoint)
     assert code == 1
-    assert (
-        said.strip()
-        .splitlines()[-1]
-        .startswith(
-            "ValueError: the checkpoint was saved with {'processes': 1, "
-            "'batch_size': 2}, and the training goes on with {'processes': 1, "
-            "'batch_size': 3}"
-        )
+    error = said.strip().splitlines()[-1]
+    assert error.startswith(
+        f'ValueError: the checkpoint was saved with {layout}, and the '
+        f'training goes on with {expected}: give it the same'
     )
 
 
@@ -474,12 +523,12 @@ class Items(Dataset):
         return index, len(cache), *drawn
 
 
-def draw(done, num_workers, count=7):
+def draw(done, num_workers, persistent=False, count=7):
     """Load batches, two in each pass, and caches dropped after three."""
     items = Items()
     items.__getitems__ = _Fetch(items, 7)
     batches = BatchSampler(DefaultSampler(items, seed=1), 2, drop_last=True)
-    numbered = _NumberedBatches(batches, lambda number: number // 3)
+    numbered = _NumberedBatches(batches, lambda number: number % 3 == 0)
     numbered.number = numbered.skip = done
     assert len(numbered) == 2
     passes = _passes(
@@ -487,6 +536,7 @@ def draw(done, num_workers, count=7):
             items,
             batch_sampler=numbered,
             num_workers=num_workers,
+            persistent_workers=persistent,
             collate_fn=list,
         ),
         done,
@@ -494,17 +544,21 @@ def draw(done, num_workers, count=7):
     return [next(passes) for _ in range(count)]
 
 
-@pytest.mark.parametrize('num_workers', [0, 1])
-def test_batches_are_numbered(num_workers):
-    whole = draw(0, num_workers)
-    if num_workers == 0:  # else each pass has workers, with caches, anew
+@pytest.mark.parametrize(
+    'num_workers, persistent',
+    [(0, False), (1, False), (1, True), (2, False), (2, True)],
+)
+def test_batches_are_numbered(num_workers, persistent):
+    whole = draw(0, num_workers, persistent)
+    if num_workers < 2:  # with caches for three batches, and a pass at most
         counts = [item[1] for batch in whole for item in batch]
-        assert counts == [1, 2, 3, 4, 5, 6] * 2 + [1, 2]
+        assert counts == [1, 2, 3, 4] + [1, 2] * 2 + [1, 2, 3, 4] + [1, 2]
     for i in range(2, 5):  # of floats drawn, none is drawn again
         assert len({item[i] for batch in whole for item in batch}) == 14
     orders = [[item[0] for item in batch] for batch in whole]
     assert orders[:2] != orders[2:4]  # for each pass has its epoch
-    assert draw(3, num_workers) == [None] * 3 + whole[3:]
+    # Of two workers, the first one has what was the second one's.
+    assert draw(3, num_workers, persistent) == [None] * 3 + whole[3:]
 
 
 def test_what_a_model_keeps_outside_its_tensors():

@@ -5,8 +5,8 @@ data_root = 'data/craters/'
 metainfo = dict(classes=('crater',), palette=[(220, 20, 60)])
 model = dict(
     data_preprocessor=dict(mean=[151.0] * 3, std=[78.0] * 3),
-    # 16 to 128 of the resized image's pixels, where nuclei take 24 to 192: most
-    # craters are smaller.
+    # 16 to 128 of the resized image's pixels, where nuclei take 24 to 192:
+    # most craters are smaller.
     rpn_head=dict(anchor_generator=dict(scales=[4])),
 )
 train_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo))
