@@ -182,7 +182,9 @@ class Found(NamedTuple):
 
 
 def _recording() -> bool:
-    return torch.compiler.is_compiling()
+    # Before torch 2.7, compiling and exporting are not told apart.
+    compiler = torch.compiler
+    return getattr(compiler, 'is_exporting', compiler.is_compiling)()
 
 
 def _places(passing: Tensor) -> Tuple[Tensor, Tensor]:
@@ -220,22 +222,30 @@ def _clip(boxes: Tensor, sizes: Tensor, coder: nn.Module) -> Tensor:
 
 
 def _select(
-    found: Found, groups: Tensor, num_images: int, cfg: dict
+    found: Found,
+    groups: Tensor,
+    num_images: int,
+    cfg: dict,
+    most: Optional[int],
+    least: float = -1,
 ) -> Tuple[Tensor, Found]:
-    """NMS within images and groups; the ``max_per_img`` best of an image.
+    """NMS within images and groups; the best of an image.
 
     Args:
         found (Found): K boxes in any order; a score of -1 where there is
             nothing.
         groups (Tensor): Class or level, shape (K,).
         num_images (int): N.
-        cfg (dict): ``nms``, ``max_per_img`` and ``min_bbox_size``.
+        cfg (dict): Type and parameters of the NMS.
+        most (int, optional): End of the slice that is kept of an image's; of
+            a recorded graph, by default MOST.
+        least (float): What both sides of a box exceed, in pixels; below 0,
+            any do. Defaults to -1.
 
     Returns:
         tuple[Tensor, Found]: Indices into K, and what they are of.
     """
     images, boxes, scores, labels, _ = found
-    least = cfg.get('min_bbox_size', -1)
     if least >= 0:
         large = (boxes[:, 2:] - boxes[:, :2] > least).all(1)
         scores = scores.where(large, -1)
@@ -245,11 +255,11 @@ def _select(
     ) & (scores >= 0)
     if not _recording():
         kept = [boxes.new_zeros(0, dtype=torch.long)]
-        nms_cfg = dict(cfg.nms)
+        nms_cfg = dict(cfg)
         if (
             boxes.device.type == 'cpu'
             and len(groups)
-            and not cfg.nms.get('class_agnostic', False)
+            and not cfg.get('class_agnostic', False)
         ):
             # Group by group is faster where many boxes are of few groups.
             few = 200 * int(groups.max() + 1)
@@ -258,19 +268,19 @@ def _select(
             of_image = (boxes[rows], scores[rows], groups[rows])
             dets, best = batched_nms(*of_image, nms_cfg)
             scores[rows[best]] = dets[:, 4]  # soft NMS changes them
-            kept.append(rows[best[: cfg.get('max_per_img')]])
+            kept.append(rows[best[:most]])
         index = torch.cat(kept)
         return index, Found(
             *(x[index] for x in (images, boxes, scores, labels))
         )
-    most, apart = cfg.get('max_per_img', MOST), boxes
-    if not cfg.nms.get('class_agnostic', False):
+    most, apart = most or MOST, boxes
+    if not cfg.get('class_agnostic', False):
         # As in batched_nms, groups are out of each other's reach.
         ends = boxes.amax(1).where(own, 0).amax(1)  # (N,)
         apart = boxes + (groups * (ends[images] + 1))[:, None]
     _, images, index = nms(
         *(apart[None], scores.where(own, -1)[None]),
-        *(most, cfg.nms.iou_threshold, -0.5),
+        *(most, cfg.iou_threshold, -0.5),
     ).unbind(1)
     # What was found, of all images in a row, beside `most` empty places
     places = torch.arange(num_images)[:, None]
@@ -416,9 +426,15 @@ class DenseDecoder(Decoder):
             Found(images, boxes, scores, labels),
             levels if self.by_level else labels,
             sizes.shape[0],
-            self.test_cfg,
+            self.test_cfg.nms,
+            *self._limits(),
         )
         return found, *(x[index] for x in (priors, strides, *others))
+
+    def _limits(self) -> Tuple[Optional[int], float]:
+        """What mmdet keeps: how many of an image, and of which size."""
+        cfg = self.test_cfg
+        return cfg.get('max_per_img'), cfg.get('min_bbox_size', -1)
 
     def _pick(
         self, logits: Tensor, deltas: Tensor, *factors: Tensor
@@ -510,6 +526,9 @@ class YOLOXDecoder(DenseDecoder):
 
     def _check_parts(self) -> None:
         pass
+
+    def _limits(self) -> Tuple[Optional[int], float]:
+        return None, -1
 
     def _pick(
         self, logits: Tensor, deltas: Tensor, objectness: Tensor
@@ -675,7 +694,8 @@ class RoIDecoder(Decoder):
             boxes = boxes * factors[images]
         scores = scores.where(passing, -1)[place]
         found = Found(images, boxes, scores, labels)
-        _, found = _select(found, labels, sizes.shape[0], cfg)
+        most = cfg.max_per_img if cfg.max_per_img > 0 else None
+        _, found = _select(found, labels, sizes.shape[0], cfg.nms, most)
         if not self.with_mask:
             return found
         return found._replace(masks=self._masks(maps, found))

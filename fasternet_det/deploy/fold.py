@@ -141,6 +141,9 @@ def _fold_pairs(model: nn.Module) -> None:
                 if folded is not None:
                     setattr(owner, conv_name, folded)
                     setattr(norm_owner, norm_name, nn.Identity())
+                    if isinstance(module, ConvModule):
+                        # with which it would fold its norm at each call
+                        module.efficient_conv_bn_eval_forward = None
 
 
 def _fold_layers(model: nn.Module) -> nn.Module:

@@ -93,9 +93,14 @@ def _upsample(
         and deconv.dilation == (1, 1)
         and deconv.padding == deconv.output_padding == (0, 0)
         and deconv.groups == 1
+        and owns_weight(deconv)
     ):
         return FusedUpsample(deconv, activation)
     return None
+
+
+def _linear(linear: nn.Linear) -> Optional[nn.Module]:
+    return FusedLinear(linear) if owns_weight(linear) else None
 
 
 def _block(block: FasterNetBlock) -> Optional[nn.Module]:
@@ -145,7 +150,7 @@ BUILDERS: Dict[type, Builder] = {
     ConvModule: _conv_module,
     nn.Conv2d: _conv,
     Conv2d: _conv,
-    nn.Linear: FusedLinear,
+    nn.Linear: _linear,
     nn.ConvTranspose2d: _upsample,
     ConvTranspose2d: _upsample,
     SingleRoIExtractor: _extractor,

@@ -4,6 +4,7 @@ On a CPU they call oneDNN's fused kernels, which torch's own compiler calls
 too; elsewhere, and in float64, they are the plain operators in the same order.
 """
 
+import platform
 from functools import lru_cache
 from typing import Callable, Dict, FrozenSet, Iterable, Optional, Tuple
 
@@ -57,12 +58,18 @@ def kernel_dtypes() -> FrozenSet[torch.dtype]:
         *('_reorder_linear_weight', '_is_mkldnn_bf16_supported'),
     )
     kernels = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not all(
-        hasattr(kernels, name) for name in names
+    has_bfloat16 = getattr(torch.cpu, '_is_avx512_bf16_supported', None)
+    if (
+        not torch.backends.mkldnn.is_available()
+        or has_bfloat16 is None
+        or not all(hasattr(kernels, name) for name in names)
     ):
         return frozenset()
     dtypes = {torch.float32}
-    if kernels._is_mkldnn_bf16_supported():
+    # torch asks for AVX-512 alone: where that has no bfloat16, oneDNN
+    # computes in float32 and converts.
+    converts = platform.machine() in ('x86_64', 'AMD64') and not has_bfloat16()
+    if kernels._is_mkldnn_bf16_supported() and not converts:
         dtypes.add(torch.bfloat16)
     kernels = torch.ops.onednn
     conv = getattr(kernels, 'qconv2d_pointwise', None)
@@ -314,7 +321,9 @@ class FusedUpsample(FusedConv2d):
             quads = self._quads(maps)
             out = quads.flatten(1, 4) @ kernel  # N, H * W * 4, 1
             parts.append(out.reshape(quads.shape[:-1]))
-        out = torch.cat(parts) + predictor.bias[of][:, None, None, None, None]
+        out = torch.cat(parts)  # N, H, W, 2, 2
+        if predictor.bias is not None:
+            out += predictor.bias[of][:, None, None, None, None]
         return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 

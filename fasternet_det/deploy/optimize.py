@@ -8,6 +8,7 @@ from mmdet.models import BaseDetector
 from mmdet.models.necks import FPN
 from torch import Tensor
 
+from ..backbones import FasterNet
 from . import int8
 from .fold import fold
 from .fuse import fuse
@@ -169,7 +170,9 @@ def optimize(
     if not plain:
         decode_heads(model)
     fast[0].register_forward_pre_hook(_refuse_gradients, with_kwargs=True)
-    cast_before(fast[0], dtype=dtype, memory_format=memory_format)
+    # A bare block would compute in its caller's memory.
+    copy = not isinstance(model, (BaseDetector, FasterNet))
+    cast_before(fast[0], dtype=dtype, memory_format=memory_format, copy=copy)
     if plain:
         cast_after(fast[-1], **PLAIN)
     if batches is not None:

@@ -80,7 +80,9 @@ def predictors(head: nn.Module) -> Optional[Tuple[str, ...]]:
 
 def _is_known(head: nn.Module) -> bool:
     """Whether all of a head has a fast form."""
-    if type(head) in (StandardRoIHead, CascadeRoIHead, nn.ModuleList):
+    if type(head) in (StandardRoIHead, CascadeRoIHead) or isinstance(
+        head, nn.ModuleList
+    ):
         return all(map(_is_known, head.children()))
     return type(head) is SingleRoIExtractor or predictors(head) is not None
 

@@ -21,6 +21,7 @@ from mmengine.structures import InstanceData
 from mmengine.utils import get_installed_path
 from torch import nn
 
+from fasternet_det.deploy import optimize
 from fasternet_det.deploy.decode import (
     Decoder,
     DenseDecoder,
@@ -235,6 +236,38 @@ def test_same_detections(kind):
             assert result.bboxes[:, 1::2].max() <= height
 
 
+@pytest.mark.parametrize('kind', sorted(KINDS.keys() - {'rtmdet-ins'}))
+def test_fast_form(kind):
+    """All of its heads is fast, and decodes here."""
+    model = build(kind)
+    images, samples = batch(SIDES)
+    fast = optimize(model)
+    decoders = [m for m in fast.modules() if isinstance(m, Decoder)]
+    assert type(decoders[-1]) is KINDS[kind][2]
+    assert len(decoders) == 1 + hasattr(model, 'roi_head')
+    slow = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
+    assert not [m for d in decoders for m in d.modules() if type(m) in slow]
+    for a, b in zip(
+        predict(fast, images, samples), predict(model, images, samples)
+    ):
+        assert len(a) == len(b) > 10
+        torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-5)
+        # in any order: some scores are all but equal
+        apart = (a.bboxes[:, None] - b.bboxes).abs().amax(2)
+        apart[a.labels[:, None] != b.labels] = torch.inf
+        assert max(apart.amin(0).max(), apart.amin(1).max()) < 1e-3
+
+
+def test_compiled():
+    """Compiling is not recording."""
+    model = decode_heads(build('retinanet'))
+    images, samples = batch(SIDES)
+    expected = predict(model, images, samples)
+    head = model.bbox_head
+    head.decode = torch.compile(head.decode, backend='eager')
+    assert_equal(predict(model, images, samples), expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('kind', ['retinanet', 'mask-rcnn'])
 def test_other_uses(kind):
@@ -307,6 +340,27 @@ def test_other_settings(kind, key, value):
     assert any(
         not torch.equal(a.scores, b.scores) for a, b in zip(expected, usual)
     )
+
+
+@pytest.mark.parametrize(
+    'kind, key, value',
+    [
+        ('retinanet', 'max_per_img', -1),  # all but the last
+        ('faster-rcnn', 'max_per_img', -1),  # all
+        ('faster-rcnn', 'min_bbox_size', 30),  # not asked for
+        ('yolox', 'max_per_img', 3),
+        ('yolox', 'min_bbox_size', 30),
+    ],
+)
+def test_limits(kind, key, value):
+    """Each head's are mmdet's: not all heed them."""
+    model = build(kind)
+    images, samples = batch(SIDES)
+    head = getattr(model, 'roi_head', None) or model.bbox_head
+    head.test_cfg[key] = value
+    expected = predict(model, images, samples, True)
+    assert min(map(len, expected)) > 3
+    assert_equal(predict(decode_heads(model), images, samples, True), expected)
 
 
 @pytest.mark.parametrize('kind', ['gfl', 'rtmdet-ins', 'yolox', 'mask-rcnn'])

@@ -253,6 +253,21 @@ def test_orders_of_a_block(order, left, tamed):
 
 
 @torch.no_grad()
+def test_norms_that_mmcv_folds_at_each_call(tamed):
+    block = ConvModule(
+        *(6, 6, 3),
+        norm_cfg=dict(type='BN'),
+        act_cfg=dict(type='LeakyReLU'),
+        efficient_conv_bn_eval=True,
+    )
+    block = tamed(block).double()
+    folded = fold(block)
+    assert norms(folded) == []
+    x = image(2, 6, 9, 7).double()
+    close([folded(x)], [block(x)], 1e-12)
+
+
+@torch.no_grad()
 def test_output_norms_of_another_kind(tamed):
     """Of a group norm, there is nothing that a lateral could take over."""
     cfg = Config.fromfile(

@@ -1,5 +1,7 @@
 """What has no faster form, or another one, computes as it does."""
 
+import copy
+
 import pytest
 import torch
 from fill import fill_input
@@ -12,7 +14,11 @@ from torch import nn
 from fasternet_det import FasterNet, GGhostRegNet, GhostNet, SlotRPNHead
 from fasternet_det.deploy import fuse, operators, optimize
 from fasternet_det.deploy.decode import RPNDecoder, _predicts_by_class
-from fasternet_det.deploy.operators import FusedConv2d, FusedUpsample
+from fasternet_det.deploy.operators import (
+    FusedConv2d,
+    FusedLinear,
+    FusedUpsample,
+)
 
 BN, GN = dict(type='BN'), dict(type='GN', num_groups=2)
 TINY = dict(depths=(2, 2, 2, 2), widths=(8, 16, 24, 32), group_width=8)
@@ -77,6 +83,12 @@ MODULES = {
     'up, longer': (lambda: nn.ConvTranspose2d(6, 8, 2, 2, 0, 1), 0),
     'up, in groups': (lambda: nn.ConvTranspose2d(6, 8, 2, 2, groups=2), 0),
     'up, dilated': (lambda: nn.ConvTranspose2d(6, 8, 2, 2, dilation=2), 0),
+    'up, computed': (
+        lambda: nn.utils.spectral_norm(nn.ConvTranspose2d(6, 8, 2, 2)),
+        0,
+    ),
+    'linear': (lambda: nn.Linear(7, 8), 1),
+    'linear, computed': (lambda: nn.utils.spectral_norm(nn.Linear(7, 8)), 0),
     'gelu by tanh': (
         lambda: ConvModule(
             6, 8, 3, act_cfg=dict(type='GELU', approximate='tanh')
@@ -94,7 +106,7 @@ def test_modules(name, tamed):
     fast = optimize(model)
     x = image(2, 6, 9, 7)
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-    kinds = (FusedConv2d, FusedUpsample)
+    kinds = (FusedConv2d, FusedUpsample, FusedLinear)
     found = {m for m in fast.modules() if isinstance(m, kinds)}
     assert len(found) == count
 
@@ -178,14 +190,15 @@ def test_relu_of_rpn(build, count, tamed, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_logits_of_a_class(dtype, tamed, monkeypatch):
+def test_logits_of_a_class(dtype, bias, tamed, monkeypatch):
     """Those of the predicted class, without the others."""
-    head = tamed(FCNMaskHead(2, in_channels=8, conv_out_channels=6)).to(dtype)
-    fused = fuse.fuse(
-        tamed(FCNMaskHead(2, in_channels=8, conv_out_channels=6))
+    head = FCNMaskHead(
+        *(2, 14, 8, 3, 6), predictor_cfg=dict(type='Conv', bias=bias)
     )
-    fused = fused.to(dtype)
+    head = tamed(head).to(dtype)
+    fused = fuse.fuse(copy.deepcopy(head))
     assert _predicts_by_class(fused)
     x = image(5, 8, 14, 14).to(dtype)
     labels = torch.tensor([3, 0, 79, 1, 3])

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import platform
 import re
 import sys
 from collections import Counter
@@ -455,6 +456,19 @@ def test_bare_layers(dtype):
     assert torch.equal(shuffled, expected[:, [2, 0, 1]])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'layout', [torch.channels_last, torch.contiguous_format]
+)
+def test_bare_stages_leave_their_input(layout, randomise):
+    stage = randomise(FasterNet('t0').stages[0]).eval()
+    x = random('x', 1, 40, 8, 8).to(memory_format=layout)
+    before = x.clone()
+    fast = optimize(stage, memory_format=layout)
+    close(fast(x), stage(x), 1e-5)
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize('compile', [False, True])
 def test_twice(compile):
     fast = optimize(FasterNet('t0').eval(), compile=compile)
@@ -529,6 +543,25 @@ def test_kernels_are_asked_for(
     finally:
         monkeypatch.undo()
         kernel_dtypes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    'machine, has, expected',
+    [
+        ('x86_64', False, False),  # torch says yes, by AVX-512 alone
+        ('x86_64', True, True),
+        ('aarch64', False, True),
+    ],
+)
+def test_bfloat16_is_the_cpus(machine, has, expected, monkeypatch):
+    for target, name, value in (
+        (torch.ops.mkldnn, '_is_mkldnn_bf16_supported', True),
+        (torch.cpu, '_is_avx512_bf16_supported', has),
+        (platform, 'machine', machine),
+    ):
+        monkeypatch.setattr(target, name, lambda value=value: value)
+    found = kernel_dtypes.__wrapped__()
+    assert (torch.bfloat16 in found) == expected
 
 
 def test_gradients_are_refused():
