@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
@@ -19,7 +20,11 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 import cv2
 import numpy as np
 
-SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+SUFFIXES = (
+    *('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp'),
+)
+# Those of a JPEG file, but for 00 and D0 to D7, which stand within its scans.
+MARKER = re.compile(rb'\xff+([^\x00\x01\xd0-\xd7\xff])', re.DOTALL)
 FLAGS = dict(
     color=cv2.IMREAD_COLOR,
     grayscale=cv2.IMREAD_GRAYSCALE,
@@ -51,6 +56,21 @@ Predict = Callable[[Path], Found]
 # ---- images
 
 
+def is_cut(jpeg: bytes) -> bool:
+    """Whether a JPEG file ends before its end marker does (T.81, B.1).
+
+    Segments are passed over by their length, as they may hold thumbnails; what
+    a camera adds behind the end is not looked at.
+    """
+    at = 2
+    while marker := MARKER.search(jpeg, at):
+        if marker[1] == b'\xd9':
+            return False
+        at = marker.end()
+        at += int.from_bytes(jpeg[at : at + 2], 'big')
+    return True
+
+
 def decode(content: bytes, flag: int) -> np.ndarray:
     """Decode an image, or say why it cannot be read right.
 
@@ -66,10 +86,8 @@ def decode(content: bytes, flag: int) -> np.ndarray:
     """
     if not content:
         raise ValueError('the file is empty')
-    # Of a baseline JPEG that is cut short, OpenCV before 4.11 makes up the
-    # rest. A scan begins with FF DA; FF D9, after the last one, ends the file.
-    is_jpeg = content.startswith(b'\xff\xd8')
-    if is_jpeg and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
+    # Of such a baseline JPEG, OpenCV before 4.11 makes up the rest.
+    if content.startswith(b'\xff\xd8') and is_cut(content):
         raise ValueError('the JPEG file is cut short')
     image = cv2.imdecode(
         np.frombuffer(content, np.uint8), flag | cv2.IMREAD_ANYDEPTH
@@ -208,7 +226,10 @@ def unpad(
 def load_exported(path: Path) -> Tuple[Predict, List[str], int]:
     """Load an exported file: what finds objects, classes, how it reads."""
     open_file = open_onnx if path.suffix == '.onnx' else open_openvino
-    session, notes = open_file(str(path))
+    try:
+        session, notes = open_file(str(path))
+    except Exception as error:  # of the runtimes, some are nothing else
+        raise ValueError(f'cannot open {path}: {error}') from error
     notes = {key: json.loads(value) for key, value in notes.items()}
     if 'scale' not in notes:
         raise ValueError(
@@ -221,7 +242,11 @@ def load_exported(path: Path) -> Tuple[Predict, List[str], int]:
     def predict(image_path: Path) -> Found:
         image = decode(image_path.read_bytes(), flag)
         images, factors, size = prepare(image, notes)
-        dets, labels, *masks = (output[0] for output in session(images))
+        try:
+            outputs = session(images)
+        except Exception as error:  # of the runtimes, some are nothing else
+            raise ValueError(f'the model takes another: {error}') from error
+        dets, labels, *masks = (output[0] for output in outputs)
         real = labels >= 0
         boxes = np.minimum(dets[real, :4], np.float32(size * 2))
         boxes /= np.float32(factors * 2)
@@ -339,8 +364,8 @@ def find_images(paths: List[Path]) -> Dict[str, Path]:
         if not inside:
             raise ValueError(f'{path} is no image, nor a folder of images')
         for file in inside:
-            if not cv2.haveImageReader(str(file)):
-                raise ValueError(f'OpenCV cannot read {file}')
+            if not file.is_file():
+                raise FileNotFoundError(f'there is no file {file}')
             if file.name in found:
                 raise ValueError(f'two images are called {file.name}')
             found[file.name] = file
@@ -401,14 +426,15 @@ def main() -> None:
     for i, (name, path) in enumerate(track(list(images.items()))):
         try:
             detections = predict(path)
-        except (OSError, ValueError, cv2.error) as error:
+        except (OSError, ValueError, RuntimeError, cv2.error) as error:
             text = str(error).strip()
             failed.append(text if str(path) in text else f'{path}: {text}')
             continue
         found += results(detections, i, name, classes)
         picture = cv2.imread(str(path), as_drawn)
         draw(picture, detections, classes, args.score_thr)
-        cv2.imwrite(str(args.out / name), picture)
+        if not cv2.imwrite(str(args.out / name), picture):
+            failed.append(f'{path}: its picture could not be written')
     (args.out / 'results.json').write_text(json.dumps(found))
     done = len(images) - len(failed)
     print(f'{len(found)} detections in {done} images: {args.out}')

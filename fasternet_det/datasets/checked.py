@@ -5,6 +5,7 @@ What mmdet does with each case, and this, is in docs/hostile-input.md.
 
 import json
 import logging
+import re
 from collections import Counter
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -20,13 +21,39 @@ from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.dataset import Compose
 from mmengine.logging import print_log
 
-# What entries of an annotation file must have.
+# What entries of an annotation file must have, and what that must be.
 KEYS = dict(
     images=('id', 'file_name', 'width', 'height'),
     categories=('id', 'name'),
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
 )
+NUMBER = (int, float)
+KINDS = dict(
+    dict.fromkeys(('id', 'image_id', 'category_id'), (int, float, str)),
+    **dict.fromkeys(('file_name', 'name'), str),
+    **dict.fromkeys(('width', 'height', 'area', 'iscrowd'), NUMBER),
+    bbox=list,
+    segmentation=(list, dict),
+)
+PARTS = dict(bbox=NUMBER, segmentation=list)  # what such a list holds
 SHOWN = 10  # problems of a file that its error lists
+# Those of a JPEG file, but for 00 and D0 to D7, which stand within its scans.
+MARKER = re.compile(rb'\xff+([^\x00\x01\xd0-\xd7\xff])', re.DOTALL)
+
+
+def is_cut(jpeg: bytes) -> bool:
+    """Whether a JPEG file ends before its end marker does (T.81, B.1).
+
+    Segments are passed over by their length, as they may hold thumbnails; what
+    a camera adds behind the end is not looked at.
+    """
+    at = 2
+    while marker := MARKER.search(jpeg, at):
+        if marker[1] == b'\xd9':
+            return False
+        at = marker.end()
+        at += int.from_bytes(jpeg[at : at + 2], 'big')
+    return True
 
 
 def decode(content: bytes, flag: int) -> np.ndarray:
@@ -44,10 +71,8 @@ def decode(content: bytes, flag: int) -> np.ndarray:
     """
     if not content:
         raise ValueError('the file is empty')
-    # Of a baseline JPEG that is cut short, OpenCV before 4.11 makes up the
-    # rest. A scan begins with FF DA; FF D9, after the last one, ends the file.
-    is_jpeg = content.startswith(b'\xff\xd8')
-    if is_jpeg and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
+    # Of such a baseline JPEG, OpenCV before 4.11 makes up the rest.
+    if content.startswith(b'\xff\xd8') and is_cut(content):
         raise ValueError('the JPEG file is cut short')
     image = cv2.imdecode(
         np.frombuffer(content, np.uint8), flag | cv2.IMREAD_ANYDEPTH
@@ -139,18 +164,37 @@ def check_images(pipeline: Compose) -> None:
 
 
 def _lacking(data: dict, keys: Dict[str, Sequence[str]]) -> Iterator[str]:
-    """Name entries that have not all of the keys that mmdet reads."""
+    """Name entries that have not all that mmdet reads, or something else."""
     for kind in ('images', 'categories'):
         if not data.get(kind):
             yield f'it has no {kind}'
     for kind, wanted in keys.items():
-        for entry in data.get(kind, []):
+        entries = data.get(kind, [])
+        if not isinstance(entries, list):
+            yield f'its {kind} are {entries!r:.50}, expected a list'
+            continue
+        for entry in entries:
+            if not isinstance(entry, dict):
+                yield f'{kind}: {entry!r:.50} is no dict'
+                continue
+            name = entry.get('file_name', entry.get('id', entry))
             missing = [
                 key for key in wanted if entry.get(key) in (None, [], {})
             ]
             if missing:
-                name = entry.get('file_name', entry.get('id', entry))
                 yield f'{kind}: {name} has no {" and no ".join(missing)}'
+            for key in (*KEYS[kind], 'segmentation', 'iscrowd'):
+                value = entry.get(key)
+                if value is not None and not _is_coco(key, value):
+                    yield f'{kind}: {name} has the {key} {value!r:.50}'
+
+
+def _is_coco(key: str, value: Any) -> bool:
+    """Whether a value is of the type that COCO's have."""
+    if not isinstance(value, KINDS[key]):
+        return False
+    parts = value if isinstance(value, list) else []
+    return all(isinstance(part, PARTS[key]) for part in parts)
 
 
 def _confused(

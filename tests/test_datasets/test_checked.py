@@ -27,8 +27,10 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from fasternet_det.datasets.checked import (
+    MARKER,
     LoadCheckedImageFromFile,
     decode,
+    is_cut,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +97,8 @@ RIGHT = {
     'turned.jpg': encoded(RGB, 'JPEG', quality=95, orientation=6),
     'turned.png': encoded(RGB, 'PNG', orientation=6),
     'half_turned.jpg': encoded(RGB, 'JPEG', orientation=3),
-    'trailer.jpg': JPEG + b'what a camera adds',
+    # A film, say, in which any bytes may be
+    'trailer.jpg': JPEG + b'\xff\xd9 what a camera adds \xff\xda',
 }
 LARGE = cv2.imencode('.png', np.full((9000, 12000), 99, np.uint8))[1].tobytes()
 # What must be refused: files and errors by name.
@@ -117,7 +120,7 @@ WRONG = {
         encoded(RGB, 'JPEG', 0.6, progressive=True),
         CUT,
     ),
-    'head.jpg': (JPEG[:100], NO_IMAGE),
+    'head.jpg': (JPEG[:100], CUT),
     **{
         f'truncated.{kind}': (encoded(RGB, kind, 0.6), NO_IMAGE)
         for kind in ('png', 'bmp', 'webp', 'tiff', 'gif')
@@ -547,6 +550,32 @@ REFUSED = {
         r'a mask of \[height, width\] \[64, 48\] in an image of \[48, 64\]',
         True,
     ),
+    'null': (
+        dict(made_data(), annotations=None),
+        'its annotations are No',
+        True,
+    ),
+    'text': (
+        dict(made_data(), categories=['nucleus']),
+        "categories: 'nucleus' is no dict",
+        True,
+    ),
+    **{
+        f'{key}_{type(value).__name__}': (
+            made_data(made_annotation(**{'id': 7, key: value})),
+            rf'annotations: {name} has the {key} {re.escape(repr(value))}',
+            True,
+        )
+        for key, value, name in (
+            ('id', [1], r'\[1\]'),
+            ('category_id', dict(id=1), 7),
+            ('bbox', [1, 2, None, 4], 7),
+            ('bbox', '1 2 3 4', 7),
+            ('area', '9', 7),
+            ('segmentation', [1, 2, 3, 4, 5, 6], 7),  # not in a list
+            ('segmentation', 'none', 7),
+        )
+    },
     'results': ([], 'holds a list, expected COCO.s annotations', True),
     'no_json': ('{', 'Expecting property name', True),
 }
@@ -747,9 +776,9 @@ def test_forms(name, retinanet, forms, tmp_path):
 @pytest.mark.deploy
 def test_predict_names_what_fails(retinanet, forms, tmp_path, monkeypatch):
     images = tmp_path / 'images'
-    for name in ('plain.png', 'turned.jpg'):
+    for name in ('palette.gif', 'plain.png', 'turned.jpg'):
         write(images / name, RIGHT[name])
-    for name in ('truncated.jpg', '16bit.png'):
+    for name in ('truncated.jpg', '16bit.png', 'text.png', 'zero_bytes.png'):
         write(images / name, WRONG[name][0])
     write(images / 'long.png', encoded(RGB.resize((5000, 1)), 'PNG'))
     checkpoint = tmp_path / 'a.pth'
@@ -770,14 +799,16 @@ def test_predict_names_what_fails(retinanet, forms, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, 'argv', [str(arg) for arg in args])
         with pytest.raises(SystemExit) as raised:
             tool['main']()
-        first, deep, long, cut = str(raised.value).splitlines()
-        assert first == '3 images failed:'
+        first, deep, long, text, cut, empty = str(raised.value).splitlines()
+        assert first == '5 images failed:'
         assert deep.startswith(f'  {images}/16bit.png: {DEEP}')
         assert long.startswith(f'  {images}/long.png: ')
+        assert text.startswith(f'  {images}/text.png: {NO_IMAGE}')
         assert cut == f'  {images}/truncated.jpg: {CUT}'
+        assert empty == f'  {images}/zero_bytes.png: the file is empty'
         found = json.loads((out / 'results.json').read_text())
         names = {result['file_name'] for result in found}
-        assert names == {'plain.png', 'turned.jpg'}
+        assert names == {'palette.gif', 'plain.png', 'turned.jpg'}
         assert {p.name for p in out.iterdir()} == names | {'results.json'}
         assert cv2.imread(str(out / 'turned.jpg')).shape == (64, 48, 3)
 
@@ -813,4 +844,7 @@ def test_exports_keep_orientation_and_order(color_type, turned, tmp_path):
 
 
 def test_the_tools_decode_is_the_packages():
-    assert inspect.getsource(tool['decode']) == inspect.getsource(decode)
+    for function in (is_cut, decode):
+        alone = tool[function.__name__]
+        assert inspect.getsource(alone) == inspect.getsource(function)
+    assert tool['MARKER'] == MARKER

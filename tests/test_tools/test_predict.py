@@ -208,8 +208,8 @@ def bare(tmp_path):
     [
         (('bare.onnx', 'a.png'), 'bare.onnx does not say how its images are'),
         (('no.onnx', 'a.png'), 'there is no file no.onnx'),
-        (('bare.onnx', 'no.png'), 'OpenCV cannot read no.png'),
-        (('bare.onnx', 'text.png'), 'OpenCV cannot read text.png'),
+        (('text.onnx', 'a.png'), 'cannot open text.onnx: '),
+        (('bare.onnx', 'no.png'), 'there is no file no.png'),
         (('bare.onnx', 'empty'), 'empty is no image, nor a folder of images'),
         (('bare.onnx', 'a.png', 'a.png'), 'two images are called a.png'),
         (('bare.onnx', 'a.png', '--out', 'empty'), 'empty exists: name'),
@@ -224,13 +224,33 @@ def bare(tmp_path):
 def test_errors(args, message, bare, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path('empty').mkdir()
-    Path('text.png').write_text('no image')
+    Path('text.onnx').write_text('no graph')
     cv2.imwrite('a.png', np.zeros((8, 8, 3), np.uint8))
     before = set(tmp_path.iterdir())
     with pytest.raises(SystemExit) as raised:
         run(monkeypatch, *args)
     assert message in f'{raised.value.code} {capsys.readouterr().err}'
     assert set(tmp_path.iterdir()) == before
+
+
+def test_errors_of_a_runtime_name_the_image(bare, tmp_path, monkeypatch):
+    """And end nothing: ONNX Runtime's have no type in common."""
+    proto = onnx.load(tmp_path / 'bare.onnx')  # it takes no images
+    config = Config.fromfile(MASK_RCNN)
+    notes = {k: json.dumps(v) for k, v in describe(config).items()}
+    onnx.helper.set_model_props(proto, notes)
+    onnx.save(proto, tmp_path / 'a.onnx')
+    for name in ('a.png', 'b.png'):
+        cv2.imwrite(str(tmp_path / name), np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(SystemExit) as raised:
+        run(
+            monkeypatch,
+            *(tmp_path / 'a.onnx', tmp_path, '--out', tmp_path / 'found'),
+        )
+    first, *lines = str(raised.value).splitlines()
+    assert first == '2 images failed:'
+    assert f'  {tmp_path}/a.png: ' in lines[0] and 'rank' in lines[0]
+    assert json.loads((tmp_path / 'found/results.json').read_text()) == []
 
 
 @pytest.mark.parametrize('ori_shape', [(60, 101), (427, 320), (90, 50)])
