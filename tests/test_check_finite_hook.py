@@ -136,8 +136,12 @@ def test_learning_rate(cfg):
     assert saved(cfg) == 1
 
 
-def test_weight_between_hooks(cfg):
-    cfg.default_hooks.checkpoint.max_keep_ckpts = -1
+@pytest.mark.parametrize(
+    'kind, kept', [('CheckpointHook', -1), ('ExactCheckpointHook', 1)]
+)
+def test_weight_between_hooks(cfg, kind, kept):
+    """ExactCheckpointHook removes no older checkpoint before."""
+    cfg.default_hooks.checkpoint.update(type=kind, max_keep_ckpts=kept)
     said = stopped(cfg, At(2, spoil, 'after_train_iter'), 'LOW')
     assert said.startswith(
         f'not finite, but finite after the last step: {CONV}.weight. '

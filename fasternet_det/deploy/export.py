@@ -156,7 +156,7 @@ def to_onnx(
     Raises:
         RuntimeError: If torch is too old to export.
         ValueError: If the model cannot be folded or exported, or the opset
-            is out of range.
+            is out of range, or lacks what the model needs.
     """
     check_torch('export')
     newest = NEWEST_OPSET
@@ -227,8 +227,15 @@ def _lower(proto: onnx.ModelProto) -> None:
         if len(node.input) > schema.max_input:  # axes, then an attribute
             axes = onnx.numpy_helper.to_array(constants[node.input.pop()])
             node.attribute.append(onnx.helper.make_attribute('axes', axes))
+        newer = onnx.defs.get_schema(node.op_type, 18).attributes
         for attribute in list(node.attribute):
-            if attribute.name not in schema.attributes:  # at its default
+            if attribute.name not in schema.attributes:
+                default = newer[attribute.name].default_value
+                if default.name and attribute != default:
+                    raise ValueError(
+                        f'opset 17 has no {attribute.name} of {node.op_type}, '
+                        'which this model needs: export it at 18 or later'
+                    )
                 node.attribute.remove(attribute)
     proto.opset_import[0].version = 17
 

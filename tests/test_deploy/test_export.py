@@ -606,6 +606,24 @@ def test_models_that_cannot_be_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Upsample(nn.Conv2d):
+    """A layer with what opset 17 does not know."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        size = [2 * side for side in x.shape[2:]]
+        return nn.functional.interpolate(
+            x, size, mode='bilinear', antialias=True
+        )
+
+
+def test_attributes_that_opset_17_lacks(tmp_path):
+    model = nn.Sequential(Upsample(3, 3, 1)).eval()
+    export(model, tmp_path / 'a.onnx')
+    with pytest.raises(ValueError, match='opset 17 has no antialias of Resiz'):
+        export(model, tmp_path / 'b.onnx', opset=17)
+
+
 def test_opset_of_regions(tmp_path):
     init_default_scope('mmdet')
     model = MODELS.build(Config.fromfile(CONFIGS / MASK_RCNN).model).eval()
