@@ -114,9 +114,9 @@ class CheckFiniteHook(Hook):
     numbers, to find the module that it comes from. Weights and statistics, and
     their averages (:class:`mmengine.hooks.EMAHook`), are looked at before
     training, after every step and before a checkpoint is written: none holds
-    such a number. (Where another hook spoils them after the step, the outdated
-    one of ``max_keep_ckpts`` is gone by then: mmengine's CheckpointHook removes
-    it first, ``ExactCheckpointHook`` last.)
+    such a number. (Where another hook spoils them after the step, the oldest
+    of ``max_keep_ckpts`` is gone by then with mmengine's CheckpointHook, which
+    removes it first; ``ExactCheckpointHook`` removes it last.)
 
     This costs a pass over the weights an iteration and, on a GPU, two waits
     for it. Of several processes, all stop; the error of the one whose batch it

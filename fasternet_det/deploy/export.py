@@ -15,6 +15,7 @@ import torch.nn as nn
 from mmcv.ops import RoIAlign
 from mmdet.models import BaseDetector, DetDataPreprocessor
 from mmdet.models.necks import BFP
+from mmengine.model import BaseModule
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -184,11 +185,12 @@ def to_onnx(
             )
     whole = isinstance(folded, BaseDetector)
     graph = EndToEnd(folded) if whole else folded
-    # The first that says so: mmdet's own backbones do not, their stem does.
+    # The first layer's: mmdet's backbones say none, or that of the last one.
     in_channels = next(
         module.in_channels
         for module in getattr(folded, 'backbone', folded).modules()
         if hasattr(module, 'in_channels')
+        and not isinstance(module, BaseModule)
     )
     # torch takes a size of 1 in its example for a constant, and RetinaNet's
     # last level is at stride 128.

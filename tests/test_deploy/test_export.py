@@ -16,7 +16,7 @@ from mmdet.models.necks import BFP
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.model import BaseDataPreprocessor
+from mmengine.model import BaseDataPreprocessor, BaseModule
 from mmengine.registry import init_default_scope
 from torch import nn
 
@@ -144,6 +144,24 @@ def test_bare_layer(tamed, tmp_path):
     x = torch.from_numpy(fill_input(0, (2, 8, 9, 7)))
     (found,) = load(tmp_path / 'a.onnx')(x.numpy())
     np.testing.assert_allclose(found, model(x).detach(), rtol=0, atol=1e-4)
+
+
+class LikeMobileNetV2(BaseModule):
+    """A backbone whose ``in_channels`` are those of its last stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 4, 3)
+        self.in_channels = 4
+
+    def forward(self, x):
+        return self.conv1(x)
+
+
+def test_channels_are_the_first_layers(tmp_path):
+    export(LikeMobileNetV2().eval(), tmp_path / 'a.onnx')
+    (found,) = load(tmp_path / 'a.onnx')(fill_input(0, (1, 6, 9, 7)))
+    assert found.shape == (1, 4, 7, 5)
 
 
 def test_file(backbone):

@@ -17,7 +17,8 @@ PANELS = {
 NOTES = """\
 Medians, quartiles in brackets; times faster: than the first, round by round.
 Seeded: with the score threshold at which 1000 boxes an image pass into NMS.
-FLOPs: multiply-adds of convolutions and matrix products; GFLOP/s: two each.
+FLOPs: multiply-adds of convolutions and matrix products; GFLOP/s: two each, of
+which Winograd's convolution needs less: it can be above the peak.
 Memory: the most that torch's allocator held beyond what it held before; of
 training, with weights and optimizer state. Difference: of the maps, or of loss
 and gradients, to those of the first side of the model, of the largest value.
