@@ -30,7 +30,7 @@ def test_growth():
 def test_page(tmp_path):
     resident = [100.0, 300.0, 290.0, 290.0, 290.0]
     series = {'eager': list(zip(resident, [50.0] * 5))}
-    memory.write(series, tmp_path)
+    memory.write(series, 7, tmp_path)
     page = (tmp_path / 'memory.md').read_text()
     row = '| eager | 5 | 100 | 300 | 290 | -3000.0 | 50 | 50 | 50 | +0.0 |'
     assert row in page
@@ -48,7 +48,11 @@ def predict(folder, leaks):
         model.backbone.register_forward_hook(
             lambda module, args, maps: kept.append(maps[0].clone())
         )
-    return memory.predict(model, image, COUNT)[SETTLED:]
+    samples, found = memory.predict(model, image, COUNT)
+    if not leaks:
+        few = memory.predict(model, image, 20, threads=2)[1]
+        assert few == 2 * found[:20] and len(set(found)) > 100
+    return samples[SETTLED:]
 
 
 @pytest.mark.parametrize('leaks', [False, True])
