@@ -103,6 +103,24 @@ def test_what_fails_stands_alone(gpu, tmp_path):
     assert gpu.is_broken([dict(why='RuntimeError: CUDA error: assert')])
 
 
+@pytest.mark.parametrize('faster, ok', [(0.5, False), (0.95, True)])
+def test_slower_parts_fail(faster, ok, gpu, monkeypatch):
+    """On a GPU; this only says that it had been one."""
+
+    def times(runs):
+        return [
+            {'side': name, 'times faster': [factor] * 3}
+            for name, factor in zip(runs, (1, faster))
+        ]
+
+    monkeypatch.setattr(gpu, 'times', times)
+    monkeypatch.setattr(gpu, 'ON_GPU', True)
+    conv, x = torch.nn.Conv2d(3, 4, 3).eval(), torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        rows = list(gpu.part('conv', conv, (x,), torch.float32))
+    assert [row['ok'] for row in rows] == [True, ok]
+
+
 def test_values_are_compared(gpu):
     x = torch.ones(2, 3)
     assert gpu.off([x * 1.5], [x]) == pytest.approx(0.5)
