@@ -12,7 +12,6 @@ not pass stays in its place with a score of -1, which NMS drops.
 
 import copy
 import math
-import re
 from contextlib import suppress
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
@@ -40,6 +39,7 @@ from torch import Tensor
 
 from .blocks import FastTShapedConv
 from .operators import FusedConv2d, FusedUpsample, Packed
+from .precision import decodes_as
 from .versions import check_torch
 
 # Before 2.4, the operators below fail and do not say why.
@@ -104,11 +104,6 @@ def _(
 
 # ---- what is known of a head
 
-# Names of the methods that make detections of maps.
-DECODING = re.compile(
-    r'predict(?!or|ion)|post_process|_forward$|_refine_roi|regress_by_class'
-)
-
 
 class UnknownError(ValueError):
     """A detector that decodes in a way that is not known here."""
@@ -126,11 +121,7 @@ def _expect(condition: bool, module: nn.Module, what: str) -> None:
 def _check_methods(module: nn.Module, owner: type) -> None:
     """Expect a module to decode by the methods of a class of mmdet."""
     _expect(
-        isinstance(module, owner)
-        and all(
-            getattr(type(module), name) is getattr(owner, name, None)
-            for name in filter(DECODING.search, dir(type(module)))
-        ),
+        decodes_as(module, owner),
         module,
         f'predicts as a {owner.__name__} does',
     )

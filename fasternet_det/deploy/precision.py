@@ -1,5 +1,6 @@
 """Where each part of a model computes: in which dtype and memory format."""
 
+import re
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -54,6 +55,10 @@ PREDICTORS: Dict[type, Tuple[str, ...]] = {
     ConvFCBBoxHead: ('fc_cls', 'fc_reg'),
     FCNMaskHead: (),
 }
+# Names of the methods that make detections of maps.
+DECODING = re.compile(
+    r'predict(?!or|ion)|post_process|_forward$|_refine_roi|regress_by_class'
+)
 # What stays as it is computes so; mmcv's ops read any memory as this.
 PLAIN = dict(dtype=torch.float32, memory_format=torch.contiguous_format)
 
@@ -78,10 +83,23 @@ def predictors(head: nn.Module) -> Optional[Tuple[str, ...]]:
     return None
 
 
+def decodes_as(module: nn.Module, owner: type) -> bool:
+    """Whether a module makes detections by the methods of a class of mmdet.
+
+    Args:
+        module (nn.Module): A detector, a head, or a part of one.
+        owner (type): The class. A subclass may train in another way.
+    """
+    return isinstance(module, owner) and all(
+        getattr(type(module), name) is getattr(owner, name, None)
+        for name in filter(DECODING.search, dir(type(module)))
+    )
+
+
 def _is_known(head: nn.Module) -> bool:
     """Whether all of a head has a fast form."""
-    if type(head) in (StandardRoIHead, CascadeRoIHead) or isinstance(
-        head, nn.ModuleList
+    if isinstance(head, nn.ModuleList) or any(
+        decodes_as(head, owner) for owner in (StandardRoIHead, CascadeRoIHead)
     ):
         return all(map(_is_known, head.children()))
     return type(head) is SingleRoIExtractor or predictors(head) is not None

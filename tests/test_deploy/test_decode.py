@@ -60,6 +60,9 @@ KINDS = {
     'rtmdet-ins': (INS, {}, RTMDetInsDecoder),
     'yolox': ('yolox/yolox_tiny_8xb8-300e_coco.py', {}, YOLOXDecoder),
     'faster-rcnn': (FASTER, {}, RoIDecoder),
+    'dynamic-rcnn': (
+        *('dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco.py', {}, RoIDecoder),
+    ),
     'agnostic': (FASTER, AGNOSTIC, RoIDecoder),
     'mask-rcnn': (f'{MODELS_OF}/mask-rcnn_r50_fpn.py', {}, RoIDecoder),
     'cascade': (f'{MODELS_OF}/cascade-mask-rcnn_r50_fpn.py', {}, RoIDecoder),
