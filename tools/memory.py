@@ -172,9 +172,18 @@ def predict(
 
     generator = np.random.default_rng(0)
     sizes = generator.integers(*SIDES, (count, 2), endpoint=True).tolist()
-    # Each thread has its own setting of how many an operator takes.
-    with ThreadPoolExecutor(threads, '', use_threads, (1,)) as pool:
-        return samples, list(pool.map(step, map(tuple, threads * sizes)))
+
+    def run(first: int) -> List[bytes]:
+        use_threads(1)  # a setting that each thread has for itself
+        found = [step(size) for size in sizes[first:] + sizes[:first]]
+        return found[-first:] + found[:-first]
+
+    if threads == 1:
+        return samples, run(0)
+    # Each begins with another size.
+    starts = [thread * count // threads for thread in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        return samples, sum(pool.map(run, starts), [])
 
 
 def predict_by(

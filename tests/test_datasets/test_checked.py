@@ -7,6 +7,7 @@ import io
 import json
 import re
 import runpy
+import struct
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmdet.apis import inference_detector
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -29,6 +30,7 @@ from pycocotools import mask as coco_mask
 from fasternet_det.datasets.checked import (
     MARKER,
     LoadCheckedImageFromFile,
+    check_images,
     decode,
     is_cut,
 )
@@ -125,6 +127,7 @@ WRONG = {
         f'truncated.{kind}': (encoded(RGB, kind, 0.6), NO_IMAGE)
         for kind in ('png', 'bmp', 'webp', 'tiff', 'gif')
     },
+    # 50,000 x 50,000 pixels, which OpenCV refuses by an error of its own
     'zero_bytes.png': (b'', 'the file is empty'),
     'text.png': (b'no image', NO_IMAGE),
 }
@@ -397,6 +400,42 @@ def test_other_decoders_are_kept(folder):
         dataset.pipeline[0].imdecode_backend = backend
         step = DATASETS.build(dataset).pipeline.transforms[0]
         assert type(step) is kind and step.color_type == 'color'
+
+
+def test_settings_of_loaders_are_kept():
+    settings = dict(
+        to_float32=True,
+        color_type='grayscale',
+        backend_args=dict(backend='local'),
+    )
+    pipeline = Compose(
+        [
+            dict(settings, type='LoadImageFromFile'),
+            dict(type='LoadImageFromNDArray'),  # reads no file
+        ]
+    )
+    _, other = pipeline.transforms
+    check_images(pipeline)
+    first, second = pipeline.transforms
+    assert type(first) is LoadCheckedImageFromFile and second is other
+    for name, value in settings.items():
+        assert getattr(first, name) == value
+
+
+def test_decompression_bombs_are_refused(tmp_path):
+    """50,000x50,000 pixels, for which OpenCV has an error of its own."""
+    bomb = bytearray(encoded(RGB, 'BMP'))
+    bomb[18:26] = struct.pack('<ii', 50000, 50000)
+    path = write(tmp_path / 'a.bmp', bomb)
+    with pytest.raises(ValueError, match=f'{path}: .*PIXELS'):
+        LoadCheckedImageFromFile()(dict(img_path=path))
+
+
+def test_files_are_got_by_the_backend(tmp_path):
+    loader = LoadCheckedImageFromFile(backend_args=dict(backend='nowhere'))
+    path = write(tmp_path / 'a.png', RIGHT['plain.png'])
+    with pytest.raises(KeyError, match='nowhere'):
+        loader(dict(img_path=path))
 
 
 def test_missing_image(tmp_path):
