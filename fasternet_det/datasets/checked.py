@@ -178,9 +178,7 @@ def _lacking(data: dict, keys: Dict[str, Sequence[str]]) -> Iterator[str]:
                 yield f'{kind}: {entry!r:.50} is no dict'
                 continue
             name = entry.get('file_name', entry.get('id', entry))
-            missing = [
-                key for key in wanted if entry.get(key) in (None, [], {})
-            ]
+            missing = [key for key in wanted if entry.get(key) in (None, [])]
             if missing:
                 yield f'{kind}: {name} has no {" and no ".join(missing)}'
             for key in (*KEYS[kind], 'segmentation', 'iscrowd'):

@@ -551,6 +551,11 @@ REFUSED = {
         'it has no categories',
         True,
     ),
+    'no_id': (
+        dict(made_data(), categories=[dict(name='nucleus')]),
+        r"categories: \{'name': 'nucleus'\} has no id",
+        True,
+    ),
     'one_name': (
         made_data(categories=('nucleus', 'nucleus')),
         r"its categories are \['nucleus', 'nucleus'\], but the classes of",
