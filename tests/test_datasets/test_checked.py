@@ -463,7 +463,7 @@ def rle(shape=(HEIGHT, WIDTH), box=(10, 10, 20, 16)):
 
 
 def numbered(i):
-    data = made_data(made_annotation(i, image_id=i, category_id=i))
+    data = made_data(made_annotation(i or 1, image_id=i, category_id=i))
     data['images'][0]['id'] = data['categories'][0]['id'] = i
     return data
 
@@ -495,6 +495,7 @@ ANNOTATED = {
         1,
         0,
     ),
+    'image_and_category_0': (numbered(0), 1, 0),
     'ids_2^31': (numbered(2**31 + 1), 1, 0),
     'ids_2^53': (numbered(2**53 + 1), 1, 0),
     'ids_2^63': (numbered(2**63 + 1), 1, 0),
@@ -518,6 +519,10 @@ LEFT_OUT = {
     'zero_area': (dict(area=0), 'or its area is 0'),
     'nan': (dict(bbox=[float('nan'), 1, 9, 9]), 'is outside of the image'),
     'unknown_image': (dict(image_id='1'), "in no image of the file, '1'"),
+    'unknown_image_rle': (
+        dict(image_id='1', segmentation=rle()),
+        "in no image of the file, '1'",
+    ),
     'unknown_category': (dict(category_id=7), 'of no category of the file, 7'),
     'two_points': (dict(segmentation=[[1, 2, 3, 4]]), 'less than three poin'),
     'odd': (dict(segmentation=[[1] * 7]), 'less than three points'),
