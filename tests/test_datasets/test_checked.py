@@ -599,6 +599,11 @@ REFUSED = {
         r'a mask of \[height, width\] \[64, 48\] in an image of \[48, 64\]',
         True,
     ),
+    'mask_of_no_size': (
+        made_data(made_annotation(segmentation=dict(counts=COUNTS))),
+        r'a mask of \[height, width\] None in an image of \[48, 64\]',
+        True,
+    ),
     'null': (
         dict(made_data(), annotations=None),
         'its annotations are No',
@@ -697,6 +702,13 @@ def test_annotations_that_mmdet_leaves_out(name, folder, log):
     dataset.type = 'CocoDataset'
     sample = DATASETS.build(dataset)[0]['data_samples']
     assert len(sample.gt_instances) == 1
+
+
+def test_boxes_need_no_masks(folder):
+    cfg = configured(folder, made_data(made_annotation(segmentation=None)))
+    dataset = cfg.train_dataloader.dataset
+    dataset.pipeline[1].with_mask = False
+    assert len(DATASETS.build(dataset)[0]['data_samples'].gt_instances) == 1
 
 
 def test_run_lengths_where_polygons_are_wanted(folder):
