@@ -515,6 +515,7 @@ LEFT_OUT = {
     'outside_below': (dict(box=(1, 48, 9, 9)), 'is outside of the image'),
     'outside_above': (dict(box=(1, -9, 9, 9)), 'is outside of the image'),
     'zero_width': (dict(box=(10, 10, 0, 9)), 'smaller than a pixel'),
+    'narrow': (dict(box=(10, 10, 0.5, 9)), 'smaller than a pixel'),
     'zero_height': (dict(box=(10, 10, 9, 0.5)), 'smaller than a pixel'),
     'zero_area': (dict(area=0), 'or its area is 0'),
     'nan': (dict(bbox=[float('nan'), 1, 9, 9]), 'is outside of the image'),
