@@ -780,6 +780,11 @@ def test_long_lists_are_cut(folder):
     first, *lines, last = str(raised.value).splitlines()
     assert lines[9] == '  annotations: 10 has no area' and len(lines) == 10
     assert last == '  and 20 more'
+    data['annotations'] = data['annotations'][:10]
+    cfg = configured(folder, data)
+    with pytest.raises(ValueError) as raised:
+        DATASETS.build(cfg.train_dataloader.dataset)
+    assert str(raised.value).splitlines() == [first, *lines]
 
 
 def test_filtered_images_are_told(folder, log):
