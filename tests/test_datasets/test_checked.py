@@ -99,6 +99,9 @@ RIGHT = {
     'turned.jpg': encoded(RGB, 'JPEG', quality=95, orientation=6),
     'turned.png': encoded(RGB, 'PNG', orientation=6),
     'half_turned.jpg': encoded(RGB, 'JPEG', orientation=3),
+    'restarts.jpg': cv2.imencode(
+        *('.jpg', PIXELS, [cv2.IMWRITE_JPEG_RST_INTERVAL, 1])
+    )[1].tobytes(),
     # A film, say, in which any bytes may be
     'trailer.jpg': JPEG + b'\xff\xd9 what a camera adds \xff\xda',
 }
