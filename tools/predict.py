@@ -426,7 +426,7 @@ def main() -> None:
     for i, (name, path) in enumerate(track(list(images.items()))):
         try:
             detections = predict(path)
-        except (OSError, ValueError, RuntimeError, cv2.error) as error:
+        except (OSError, ValueError, cv2.error) as error:
             text = str(error).strip()
             failed.append(text if str(path) in text else f'{path}: {text}')
             continue

@@ -58,16 +58,14 @@ def kernel_dtypes() -> FrozenSet[torch.dtype]:
         *('_reorder_linear_weight', '_is_mkldnn_bf16_supported'),
     )
     kernels = torch.ops.mkldnn
-    has_bfloat16 = getattr(torch.cpu, '_is_avx512_bf16_supported', None)
-    if (
-        not torch.backends.mkldnn.is_available()
-        or has_bfloat16 is None
-        or not all(hasattr(kernels, name) for name in names)
+    if not torch.backends.mkldnn.is_available() or not all(
+        hasattr(kernels, name) for name in names
     ):
         return frozenset()
     dtypes = {torch.float32}
     # torch asks for AVX-512 alone: where that has no bfloat16, oneDNN
     # computes in float32 and converts.
+    has_bfloat16 = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)
     converts = platform.machine() in ('x86_64', 'AMD64') and not has_bfloat16()
     if kernels._is_mkldnn_bf16_supported() and not converts:
         dtypes.add(torch.bfloat16)

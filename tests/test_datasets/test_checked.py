@@ -130,7 +130,6 @@ WRONG = {
         f'truncated.{kind}': (encoded(RGB, kind, 0.6), NO_IMAGE)
         for kind in ('png', 'bmp', 'webp', 'tiff', 'gif')
     },
-    # 50,000 x 50,000 pixels, which OpenCV refuses by an error of its own
     'zero_bytes.png': (b'', 'the file is empty'),
     'text.png': (b'no image', NO_IMAGE),
 }

@@ -642,6 +642,23 @@ def test_attributes_that_opset_17_lacks(tmp_path):
         export(model, tmp_path / 'b.onnx', opset=17)
 
 
+class Halves(nn.Conv2d):
+    """A layer that splits in a way that opset 18 spells anew."""
+
+    def forward(self, x):
+        first, second = super().forward(x).chunk(2, dim=1)
+        return first - second
+
+
+def test_attributes_that_opset_17_implies(tmp_path):
+    model = nn.Sequential(Halves(3, 4, 1)).eval()
+    export(model, tmp_path / 'a.onnx', opset=17)
+    x = fill_input(0, (1, 3, 9, 7))
+    (found,) = load(tmp_path / 'a.onnx')(x)
+    expected = model(torch.from_numpy(x)).detach()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_opset_of_regions(tmp_path):
     init_default_scope('mmdet')
     model = MODELS.build(Config.fromfile(CONFIGS / MASK_RCNN).model).eval()

@@ -551,6 +551,7 @@ def test_kernels_are_asked_for(
     [
         ('x86_64', False, False),  # torch says yes, by AVX-512 alone
         ('x86_64', True, True),
+        ('x86_64', None, False),  # of a torch that cannot tell
         ('aarch64', False, True),
     ],
 )
@@ -561,6 +562,8 @@ def test_bfloat16_is_the_cpus(machine, has, expected, monkeypatch):
         (platform, 'machine', machine),
     ):
         monkeypatch.setattr(target, name, lambda value=value: value)
+    if has is None:
+        monkeypatch.delattr(torch.cpu, '_is_avx512_bf16_supported')
     found = kernel_dtypes.__wrapped__()
     assert (torch.bfloat16 in found) == expected
 

@@ -149,6 +149,19 @@ def test_padded_images(mask_rcnn, images, tmp_path, monkeypatch):
     compare(out, model, tmp_path / 'images')
 
 
+def test_pictures_that_cannot_be_written(
+    retinanet, images, tmp_path, monkeypatch
+):
+    """As on a full disk; what was found is kept."""
+    out = tmp_path / 'found'
+    monkeypatch.setattr(cv2, 'imwrite', lambda *_: False)
+    with pytest.raises(
+        SystemExit, match='2 images failed:.*(\n.*be written)+'
+    ):
+        run(monkeypatch, retinanet[1], images, '--out', out)
+    assert len(json.loads((out / 'results.json').read_text())) > 10
+
+
 def test_checkpoints_are_read_safely(images, tmp_path, monkeypatch):
     torch.save(dict(state_dict={}, harm=Path('harm')), tmp_path / 'a.pth')
     with pytest.raises(SystemExit, match='written: .* could execute code'):
