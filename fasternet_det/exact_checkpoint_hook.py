@@ -330,11 +330,10 @@ class ExactCheckpointHook(CheckpointHook):
             if saves and (number - self.save_begin) % self.interval == 0:
                 return True
             # A validation may save anew.
-            index = bisect(loop.dynamic_milestones, number + 1) - 1
             return (
                 self.save_best is not None
                 and self._by_iter
-                and number % loop.dynamic_intervals[index] == 0
+                and self._validates(runner, number)
             )
 
         old.dataset.__getitems__ = _Fetch(old.dataset, *self._seeds.entropy)
@@ -408,22 +407,22 @@ class ExactCheckpointHook(CheckpointHook):
         if (
             not saved['validated']
             and not self._done
-            and self._validates(runner)
+            and self._validates(
+                runner, loop.iter if self._by_iter else loop.epoch
+            )
         ):
             runner.logger.info('The validation before the break comes first.')
             runner.val_loop.run()
 
-    def _validates(self, runner: Runner) -> bool:
-        """Tell whether the loop validates at the place it has come to."""
+    def _validates(self, runner: Runner, step: int) -> bool:
+        """Tell whether the loop validates after an iteration, or epoch."""
         loop = runner.train_loop
-        step, last = loop.epoch, loop.max_epochs
-        if self._by_iter:
-            step, last = loop.iter, loop.max_iters
-        loop._decide_current_val_interval()
+        last = loop.max_iters if self._by_iter else loop.max_epochs
+        stage = bisect(loop.dynamic_milestones, step + 1) - 1
         return (
             runner.val_loop is not None
             and step >= loop.val_begin
-            and (step % loop.val_interval == 0 or step == last)
+            and (step % loop.dynamic_intervals[stage] == 0 or step == last)
         )
 
     def before_train_epoch(self, runner: Runner) -> None:
