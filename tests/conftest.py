@@ -31,8 +31,8 @@ IS_PINNED = torch.__version__.split('+')[0] == PINNED_TORCH
 collect_ignore = [
     f'test_deploy/test_{name}.py'
     for name in (
-        *('batches', 'decode', 'export', 'fuse', 'hook', 'optimize'),
-        *('precision', 'quantize'),
+        *('batches', 'decode', 'export', 'fuse', 'hook', 'memory'),
+        *('optimize', 'precision', 'quantize'),
     )
 ] + [
     f'test_tools/test_{name}.py'

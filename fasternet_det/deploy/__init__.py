@@ -3,7 +3,7 @@
 =============  ==============================================================
 fold           norms into convolutions, exactly; what is unknown stays
 fuse           each module -> what computes it in fewer steps (operators.py,
-               blocks.py, 3x3 convolutions by winograd.py)
+               blocks.py, 3x3 convolutions by winograd.py, into memory.py's)
 precision      the dtype and memory format in which each part computes
 decode         maps -> detections, in tensors
 int8           layers -> what computes in 8 bits, on scales found by trial

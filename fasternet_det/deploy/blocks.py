@@ -1,13 +1,16 @@
-"""Fast forms of GhostNet's blocks and of the T-shaped convolution."""
+"""Fast forms of GhostNet's blocks, of the T-shaped convolution and of FPN."""
 
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from mmdet.models.necks import FPN
 from torch import Tensor
 
 from ..backbones.ghostnet import GhostBottleneck, GhostModule
 from ..layers import TShapedConv
+from .memory import new_empty
 from .operators import FusedConv2d
 
 
@@ -110,3 +113,58 @@ class FastGhostBottleneck(nn.Module):
         out = self.shortcut(x) if len(self.shortcut) else x.clone()
         hidden = self.conv_dw(self.ghost1(x))
         return self.ghost2.add_to(out, self.se(hidden))
+
+
+class FastFPN(nn.Module):
+    """An FPN whose lateral convolutions add to the enlarged maps.
+
+    Feature pyramid networks, arXiv 1612.03144, Sec. 3.
+
+    Args:
+        fpn (FPN): One that enlarges to the size of the level below, by the
+            nearest pixel.
+    """
+
+    def __init__(self, fpn: FPN) -> None:
+        super().__init__()
+        self.start_level = fpn.start_level
+        self.num_outs = fpn.num_outs
+        self.add_extra_convs = fpn.add_extra_convs
+        self.relu_before_extra_convs = fpn.relu_before_extra_convs
+        self.inputs = slice(fpn.start_level, fpn.backbone_end_level)
+        self.lateral_convs = fpn.lateral_convs
+        self.fpn_convs = fpn.fpn_convs
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+        """Map backbone maps (N, C_i, H_i, W_i) to (N, C, H_i, W_i), and
+        further levels of half the size each.
+        """
+        inputs = inputs[self.inputs]
+        *below, top = zip(self.lateral_convs, inputs)
+        laterals = [top[0](top[1])]
+        for conv, x in reversed(below):
+            laterals.insert(0, self._add(conv, x, laterals[0]))
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals)]
+        source = dict(
+            on_input=inputs[-1], on_lateral=laterals[-1], on_output=outs[-1]
+        ).get(self.add_extra_convs)
+        for i in range(len(outs), self.num_outs):
+            if source is None:
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+                continue
+            source = self.fpn_convs[i](source)
+            outs.append(source)
+            if self.relu_before_extra_convs:
+                source = F.relu(source)
+        return tuple(outs)
+
+    def _add(self, conv: nn.Module, x: Tensor, above: Tensor) -> Tensor:
+        """Add what a lateral convolution makes of ``x`` to ``above``."""
+        if type(conv) is not FusedConv2d or conv.attribute != 'none':
+            x = conv(x)
+            return x + F.interpolate(above, x.shape[2:])
+        n, c = above.shape[:2]
+        height, width = x.shape[2:]
+        into = new_empty(above, n, height, width, c).permute(0, 3, 1, 2)
+        torch.ops.aten.upsample_nearest2d.out(above, [height, width], out=into)
+        return conv.add_to(into, x)

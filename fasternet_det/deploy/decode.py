@@ -379,7 +379,7 @@ class DenseDecoder(Decoder):
             factors (Tensor, optional): What boxes are multiplied by before
                 NMS, shape (N, 4). Defaults to None.
         """
-        return self._decode(self.head(maps), sizes, factors)[0]
+        return self._decode(self(maps), sizes, factors)[0]
 
     def _decode(
         self, outs: Sequence[Any], sizes: Tensor, factors: Optional[Tensor]
@@ -546,7 +546,7 @@ class RTMDetInsDecoder(DenseDecoder):
         factors: Optional[Tensor] = None,
     ) -> Found:
         """Detect; masks are logits on a grid over the padded image."""
-        *outs, features = self.head(maps)
+        *outs, features = self(maps)
         found, *nets = self._decode(outs, sizes, factors)
         return found._replace(masks=self._masks(features, found.images, *nets))
 

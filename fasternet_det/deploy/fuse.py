@@ -7,6 +7,12 @@ from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.wrappers import Conv2d, ConvTranspose2d
 from mmcv.ops import RoIAlign
 from mmdet.models.dense_heads import RPNHead
+from mmdet.models.necks import FPN
+from mmdet.models.roi_heads.bbox_heads import (
+    ConvFCBBoxHead,
+    Shared2FCBBoxHead,
+    Shared4Conv1FCBBoxHead,
+)
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
@@ -15,11 +21,12 @@ from ..backbones.g_ghost_regnet import Bottleneck
 from ..backbones.ghostnet import ConvBnAct, GhostBottleneck
 from ..layers import SAConv, TShapedConv
 from ..rpn_head import SlotRPNHead
-from .blocks import FastGhostBottleneck, FastTShapedConv
+from .blocks import FastFPN, FastGhostBottleneck, FastTShapedConv
 from .fold_layers import owns_weight
 from .operators import (
     FastBottleneck,
     FastRoIExtractor,
+    FlattenPixels,
     FusedConv2d,
     FusedLinear,
     FusedUpsample,
@@ -77,6 +84,20 @@ def _conv_module(module: ConvModule) -> Optional[nn.Module]:
 def _rpn_head(head: RPNHead) -> None:
     """Make the ReLU that it calls a part of the convolution before."""
     head.rpn_conv = _conv(head.rpn_conv, nn.ReLU()) or head.rpn_conv
+
+
+def _bbox_head(head: ConvFCBBoxHead) -> None:
+    """Let its first linear layer read the regions as they lie."""
+    linear = next(iter(head.shared_fcs), None)
+    if (
+        type(linear) is nn.Linear
+        and owns_weight(linear)
+        and not head.with_avg_pool
+    ):
+        weight = linear.weight.unflatten(1, (-1, head.roi_feat_area))
+        linear.weight = nn.Parameter(weight.transpose(1, 2).flatten(1))
+        head.shared_convs.append(FlattenPixels())
+        head.num_shared_convs += 1
 
 
 def _mask_head(head: FCNMaskHead) -> None:
@@ -140,6 +161,12 @@ def _extractor(extractor: SingleRoIExtractor) -> Optional[nn.Module]:
     return None
 
 
+def _fpn(fpn: FPN) -> Optional[nn.Module]:
+    fuse(fpn.lateral_convs)
+    fuse(fpn.fpn_convs)
+    return FastFPN(fpn) if fpn.upsample_cfg == dict(mode='nearest') else None
+
+
 # None: what is inside has a faster form, or may; the module itself has none.
 BUILDERS: Dict[type, Builder] = {
     FasterNetBlock: _block,
@@ -153,9 +180,13 @@ BUILDERS: Dict[type, Builder] = {
     nn.Linear: _linear,
     nn.ConvTranspose2d: _upsample,
     ConvTranspose2d: _upsample,
+    FPN: _fpn,
     SingleRoIExtractor: _extractor,
     RPNHead: _rpn_head,
     SlotRPNHead: _rpn_head,
+    ConvFCBBoxHead: _bbox_head,
+    Shared2FCBBoxHead: _bbox_head,
+    Shared4Conv1FCBBoxHead: _bbox_head,
     FCNMaskHead: _mask_head,
 }
 

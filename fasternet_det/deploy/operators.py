@@ -6,6 +6,7 @@ too; elsewhere, and in float64, they are the plain operators in the same order.
 
 import platform
 from functools import lru_cache
+from math import prod
 from typing import Callable, Dict, FrozenSet, Iterable, Optional, Tuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..backbones.fasternet import FasterNetBlock
 from ..backbones.g_ghost_regnet import Bottleneck
 from . import winograd
+from .memory import new_empty
 
 # What oneDNN calls the activations that it fuses: attribute and algorithm.
 FUSED = {
@@ -33,8 +35,7 @@ KEPT_SHAPES = 5
 NOTHING_PACKED: Tuple[Optional[Tensor], int, Dict[torch.Size, Tensor]]
 NOTHING_PACKED = (None, 0, {})
 # Bytes of hidden map that a block computes at a time. It then stays in the
-# CPU's last cache, and below the 32 MiB from which glibc maps fresh pages for
-# every tensor.
+# CPU's last cache, and malloc has memory for it; see memory.py.
 TILE = 2**23
 
 
@@ -349,6 +350,14 @@ class FusedLinear(Packed):
         )
 
 
+class FlattenPixels(nn.Module):
+    """Pixel by pixel, as channels_last has them: that copies nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, H * W * C)."""
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
 class InPlaceBlock(nn.Module):
     """A FasterNetBlock that computes in its input's memory.
 
@@ -446,50 +455,53 @@ class FastRoIAlign(RoIAlign):
                 of shape (K, 5).
 
         Returns:
-            Tensor: Of shape (K, C, *output_size), on a CPU in channels_last.
+            Tensor: Of shape (K, C, *output_size), in channels_last.
         """
+        channels = input.shape[1]
+        out = new_empty(input, len(rois), *self.output_size, channels)
+        self.pool(input, rois, out, torch.arange(len(rois)))
+        return out.permute(0, 3, 1, 2)
+
+    def pool(
+        self, input: Tensor, rois: Tensor, out: Tensor, rows: Tensor
+    ) -> None:
+        """Pool regions into ``rows``, (K,), of ``out``, (K', h, w, C)."""
         if input.device.type != 'cpu':  # mmcv's kernel reads (N, C, H, W)
-            x = input.float().contiguous()
-            return super().forward(x, rois).to(input.dtype)
+            x = super().forward(input.float().contiguous(), rois)
+            out[rows] = x.permute(0, 2, 3, 1).to(out.dtype)
+            return
         channels, height, width = input.shape[1:]
         image = rois[:, 0].long() * (height * width)
         boxes = rois[:, 1:] * self.spatial_scale - 0.5 * self.aligned
         grid_y, ys, weight_y = self._axis(boxes[:, 1::2], 0, height)
         grid_x, xs, weight_x = self._axis(boxes[:, 0::2], 1, width)
-        # Regions with as many samples a bin have bags of equal size.
-        groups = []
-        for gy, gx in torch.stack((grid_y, grid_x), 1).unique(dim=0).tolist():
-            k = ((grid_y == gy) & (grid_x == gx)).nonzero()[:, 0]
-            y, wy = (v[k, :, : gy + 1] for v in (ys, weight_y))
-            x, wx = (v[k, :, : gx + 1] for v in (xs, weight_x))
-            index = image[k, None, None] + y * width
-            index = index[:, :, None, :, None] + x[:, None, :, None, :]
-            weight = wy[:, :, None, :, None] * wx[:, None, :, None, :]
-            groups.append(
-                (k, index.flatten(3).flatten(0, 2), weight.flatten(3))
-            )
-        out = input.new_empty(
-            len(rois), self.output_size[0] * self.output_size[1], channels
-        )
         pixels = input.permute(0, 2, 3, 1).reshape(-1, channels)
         step = channels
         if pixels.dtype != torch.float32:
             # Whole cache lines, of 32 channels each in 16 bits.
             step = max(32, TILE // (4 * len(pixels)) // 32 * 32)
+        bins = prod(self.output_size)
+        at_a_time = max(1, TILE // (4 * bins * step))
+        # Regions with as many samples a bin have bags of equal size.
+        groups = []
+        for gy, gx in torch.stack((grid_y, grid_x), 1).unique(dim=0).tolist():
+            found = ((grid_y == gy) & (grid_x == gx)).nonzero()[:, 0]
+            for k in found.split(at_a_time):
+                y, wy = (v[k, :, : gy + 1] for v in (ys, weight_y))
+                x, wx = (v[k, :, : gx + 1] for v in (xs, weight_x))
+                index = image[k, None, None] + y * width
+                index = index[:, :, None, :, None] + x[:, None, :, None, :]
+                weight = wy[:, :, None, :, None] * wx[:, None, :, None, :]
+                bags = (v.flatten(3).flatten(0, 2) for v in (index, weight))
+                groups.append((rows[k], *bags))
         for first in range(0, channels, step):
             part = pixels[:, first : first + step].float()
             for k, index, weight in groups:
-                out[k, :, first : first + step] = (
-                    F.embedding_bag(
-                        index,
-                        part,
-                        per_sample_weights=weight.view_as(index),
-                        mode='sum',
-                    )
-                    .view(len(k), -1, part.shape[1])
-                    .to(out.dtype)
+                sums = F.embedding_bag(
+                    index, part, per_sample_weights=weight, mode='sum'
                 )
-        return out.transpose(1, 2).unflatten(2, self.output_size)
+                sums = sums.view(len(k), *self.output_size, -1).to(out.dtype)
+                out[k, ..., first : first + step] = sums
 
     def _axis(
         self, bounds: Tensor, axis: int, size: int
@@ -572,17 +584,13 @@ class FastRoIExtractor(SingleRoIExtractor):
         Returns:
             Tensor: Of shape (K, C, *output_size), in channels_last.
         """
-        out = torch.empty(
-            (len(rois), self.out_channels, *self.roi_layers[0].output_size),
-            dtype=feats[0].dtype,
-            device=rois.device,
-            memory_format=torch.channels_last,
-        )
+        height, width = self.roi_layers[0].output_size
+        out = new_empty(feats[0], len(rois), height, width, self.out_channels)
         levels = self.map_roi_levels(rois, len(feats))
         # As in mmdet, which does not scale them for a single level.
         if roi_scale_factor is not None and len(feats) > 1:
             rois = self.roi_rescale(rois, roi_scale_factor)
         for level in levels.unique().tolist():
-            k = (levels == level).nonzero()[:, 0]
-            out[k] = self.roi_layers[level](feats[level], rois[k])
-        return out
+            rows = (levels == level).nonzero()[:, 0]
+            self.roi_layers[level].pool(feats[level], rois[rows], out, rows)
+        return out.permute(0, 3, 1, 2)

@@ -158,7 +158,10 @@ def optimize(
     else:
         known: Dict[nn.Module, nn.Module] = {}
         fast = [fuse(part, known) for part in fast]
-        if not isinstance(model, BaseDetector):
+        if isinstance(model, BaseDetector):
+            for name, child in model.named_children():
+                setattr(model, name, known.get(child, child))
+        else:
             (model,) = fast
     for part in fast:
         set_precision(part, dtype, memory_format)

@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .memory import new_empty
+
 # At which the polynomials are multiplied, infinity beside them. Over 256
 # channels they lose 2.3e-6 of the largest value in float32, the usual
 # 0, 1, -1, 2, -2 6.2e-6, the direct convolution 1.3e-6.
@@ -85,7 +87,7 @@ def convolve(
     n, c, height, width = x.shape
     out_channels = transformed.shape[2]
     x = x.permute(0, 2, 3, 1)
-    out = x.new_empty(n, height, width, out_channels)
+    out = new_empty(x, n, height, width, out_channels)
     down, across = -(-height // 4), -(-width // 4)  # tiles
     # as many rows of tiles as fit into a band, of one image or of whole ones
     row = 36 * across * max(c, out_channels)

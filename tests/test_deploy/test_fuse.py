@@ -1,25 +1,32 @@
 """What has no faster form, or another one, computes as it does."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from fill import fill_input
 from mmcv.cnn import ConvModule
 from mmdet.models.dense_heads import RPNHead
+from mmdet.models.necks import FPN
+from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from fasternet_det import FasterNet, GGhostRegNet, GhostNet, SlotRPNHead
-from fasternet_det.deploy import fuse, operators, optimize
+from fasternet_det.deploy import fold, fuse, operators, optimize
+from fasternet_det.deploy.blocks import FastFPN
 from fasternet_det.deploy.decode import RPNDecoder, _predicts_by_class
 from fasternet_det.deploy.operators import (
+    FlattenPixels,
     FusedConv2d,
     FusedLinear,
     FusedUpsample,
 )
 
+ROOT = Path(__file__).parents[2]
 BN, GN = dict(type='BN'), dict(type='GN', num_groups=2)
 TINY = dict(depths=(2, 2, 2, 2), widths=(8, 16, 24, 32), group_width=8)
 
@@ -155,7 +162,7 @@ class OtherRPNHead(RPNHead):
 RPN = dict(
     in_channels=8,
     feat_channels=8,
-    test_cfg=dict(nms_pre=9, nms=dict(type='nms', iou_threshold=0.7)),
+    test_cfg=ConfigDict(nms_pre=9, nms=dict(type='nms', iou_threshold=0.7)),
 )
 
 
@@ -186,7 +193,103 @@ def test_relu_of_rpn(build, count, tamed, monkeypatch):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     # that of the plug-in too
-    assert len(calls) == count * (1 + isinstance(head.rpn_conv, HalfActivated))
+    count *= 1 + isinstance(head.rpn_conv, HalfActivated)
+    assert len(calls) == count
+    decoder.decode(maps, torch.full((2, 2), 64.0))
+    assert len(calls) == 2 * count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    'options, is_fast',
+    [
+        (dict(num_outs=4), True),
+        (dict(num_outs=4, act_cfg=dict(type='ReLU')), True),
+        (dict(num_outs=4, norm_cfg=GN), True),
+        (dict(num_outs=2, end_level=2, start_level=1), True),
+        *(
+            (
+                dict(
+                    num_outs=5,
+                    start_level=1,
+                    add_extra_convs=source,
+                    relu_before_extra_convs=relu,
+                ),
+                True,
+            )
+            for source in (False, 'on_input', 'on_lateral', 'on_output')
+            for relu in (False, True)
+        ),
+        (dict(num_outs=3, upsample_cfg=dict(mode='bilinear')), False),
+    ],
+)
+def test_fpn(options, is_fast, dtype, tamed):
+    """The laterals are added into the maps from above, whose sides are odd."""
+    fpn = FPN([4, 6, 8], 8, **options)
+    fpn = tamed(fpn).to(dtype)
+    inputs = [
+        image(2, 4 + 2 * i, *sides).to(dtype)
+        for i, sides in enumerate([(21, 16), (11, 8), (5, 4)])
+    ]
+    expected, before = fpn(inputs), copy.deepcopy(inputs)
+    fast = fuse.fuse(fpn)
+    assert (type(fast) is FastFPN) == is_fast
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps = [x.contiguous(memory_format=layout) for x in inputs]
+        for a, b in zip(fast(maps), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for a, b in zip(maps, before, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_fpn_of_a_detector_adds_in_place():
+    init_default_scope('mmdet')
+    path = 'configs/mini/mask-rcnn_fasternet-t0_fpn_nuclei.py'
+    model = MODELS.build(Config.fromfile(ROOT / path).model).eval()
+    assert type(optimize(model).neck) is FastFPN
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'options, is_fast',
+    [
+        (dict(type='Shared2FCBBoxHead'), True),
+        (dict(type='Shared4Conv1FCBBoxHead', norm_cfg=BN), True),
+        (dict(type='ConvFCBBoxHead', num_shared_fcs=1), True),
+        (dict(type='Shared2FCBBoxHead', with_avg_pool=True), False),
+        (dict(type='ConvFCBBoxHead', num_cls_fcs=1, num_reg_fcs=1), False),
+        (dict(type='ConvFCBBoxHead', num_shared_convs=1), False),
+    ],
+)
+def test_regions_are_read_as_they_lie(options, is_fast, tamed):
+    """Height and width differ, so that no order passes for another."""
+    init_default_scope('mmdet')
+    head = MODELS.build(
+        dict(
+            **(options | dict(roi_feat_size=(3, 2), in_channels=8)),
+            **dict(conv_out_channels=8, fc_out_channels=16, num_classes=3),
+        )
+    )
+    x = image(5, 8, 3, 2).contiguous(memory_format=torch.channels_last)
+    expected = tamed(head)(x)
+    fast = fuse.fuse(fold(head))
+    *_, last = (None, *fast.shared_convs)
+    assert isinstance(last, FlattenPixels) == is_fast
+    for a, b in zip(fast(x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_computed_weights_keep_their_order(tamed):
+    head = tamed(Shared2FCBBoxHead(in_channels=8, roi_feat_size=3))
+    nn.utils.spectral_norm(head.shared_fcs[0]).eval()
+    assert not len(fuse.fuse(head).shared_convs)
+
+
+def test_flat_pixels_are_no_copy():
+    x = image(5, 8, 3, 2).contiguous(memory_format=torch.channels_last)
+    flat = FlattenPixels()(x)
+    assert flat.shape == (5, 48) and flat.data_ptr() == x.data_ptr()
 
 
 @torch.no_grad()

@@ -251,8 +251,13 @@ def test_upsample(bias):
 
 @pytest.mark.parametrize('size', [7, 14, (7, 5)])
 @pytest.mark.parametrize('aligned', [True, False])
-def test_roi_align(size, aligned):
-    """As mmcv's, also beyond the edges, for empty and for long regions."""
+@pytest.mark.parametrize('tile', [1, 3 * 4 * 6 * 49, 2**23])
+def test_roi_align(tile, size, aligned, monkeypatch):
+    """As mmcv's, also beyond the edges, for empty and for long regions.
+
+    One region at a time, some, or all.
+    """
+    monkeypatch.setattr('fasternet_det.deploy.operators.TILE', tile)
     kwargs = dict(output_size=size, spatial_scale=0.25, aligned=aligned)
     x = random('x', 2, 6, 20, 30)
     boxes = [
