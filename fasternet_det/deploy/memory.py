@@ -9,7 +9,6 @@ import weakref
 from math import prod
 from typing import List
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +16,10 @@ LARGE = 2**25  # bytes
 # Below, malloc does so until a tensor as large has been freed; see mallopt(3),
 # M_MMAP_THRESHOLD. Of this one no page is touched.
 torch.empty(LARGE - 2**16, dtype=torch.uint8)
-NOTHING = np.empty(0, np.uint8)
 # What has come back. There are as many as were lent at once, each as large as
 # the largest tensor it was lent to. Threads share them: both append and pop
 # are atomic.
-blocks: List[np.ndarray] = []
+blocks: List[Tensor] = []
 
 
 def new_empty(like: Tensor, *shape: int) -> Tensor:
@@ -43,9 +41,10 @@ def new_empty(like: Tensor, *shape: int) -> Tensor:
     try:
         block = blocks.pop()
     except IndexError:
-        block = NOTHING
+        block = torch.empty(0, dtype=torch.uint8)
     if len(block) < size:
-        block = np.empty(size, np.uint8)
-    lent = block[:size]
+        block = torch.empty(size, dtype=torch.uint8)
+    # Tensors that share memory keep alive what it came from.
+    lent = block[:size].numpy()
     weakref.finalize(lent, blocks.append, block).atexit = False
     return torch.from_numpy(lent).view(like.dtype).view(shape)

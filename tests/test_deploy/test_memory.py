@@ -42,6 +42,20 @@ def test_comes_back_when_nothing_shares_it(dtype, large):
     assert again.data_ptr() == address and not memory.blocks
 
 
+def test_of_inference_mode(large):
+    """What it leaves serves outside, and the other way round."""
+    with torch.inference_mode():
+        new_empty(LIKE, 1024).fill_(1)
+    x = new_empty(LIKE, 1024).zero_()
+    weight = torch.ones(1024, requires_grad=True)
+    ((x + 2) * weight).sum().backward()
+    assert weight.grad.eq(2).all()
+    del x
+    with torch.inference_mode():
+        assert new_empty(LIKE, 1024).fill_(3).sum() == 3072
+    assert len(memory.blocks) == 1
+
+
 def test_grows_to_the_largest(large):
     for count in (256, 1024, 512):
         new_empty(LIKE, count)
@@ -65,13 +79,14 @@ def test_threads_never_share_it(large):
 @pytest.mark.skipif(sys.platform != 'linux', reason="is of Linux's malloc")
 @torch.no_grad()
 def test_a_large_map_takes_no_fresh_pages():
-    """After the first: of a map of 62 MB, there are 15200 else."""
+    """After the first: else there are 15200 for a map of 62 MB, each time."""
     conv = FusedConv2d(nn.Conv2d(256, 256, 3, padding=1))
     x = torch.zeros(1, 200, 304, 256).permute(0, 3, 1, 2)
     faults = []
-    for _ in range(3):
+    for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         conv(x)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         faults.append(after - before)
-    assert faults[0] > 100 and faults[2] < 100, faults
+    # malloc may have given back what the tiles' buffers left.
+    assert faults[0] > 15000 > sum(faults[1:]), faults

@@ -11,6 +11,7 @@ from mmengine.structures import InstanceData
 from torch.utils.flop_counter import FlopCounterMode
 
 from fasternet_det import FasterNet
+from fasternet_det.deploy.memory import new_empty
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -298,6 +299,13 @@ def test_profile():
 
     peak, operators = experiments.profiled(allocate)
     assert peak == 12_000_000 and 'aten::empty' in operators
+
+
+def test_profile_counts_what_is_kept():
+    """The memory of large maps, which an earlier run has left."""
+    x = torch.empty(0)
+    peak, _ = experiments.profiled(lambda: new_empty(x, 10_000_000).sum())
+    assert 40_000_000 <= peak < 40_001_000
 
 
 def test_difference():

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fasternet_det.backbones.fasternet import PartialConv
 from fasternet_det.deploy import winograd
+from fasternet_det.deploy.memory import blocks
 from fasternet_det.deploy.operators import FusedConv2d
 
 from .models import DATA, Side, build_side, build_sides, training_side
@@ -74,6 +75,7 @@ def profiled(run: Run) -> Tuple[int, str]:
     of every allocation and release; and a table of the slowest operators.
     """
     run()
+    blocks.clear()  # what it keeps counts
     cpu = [ProfilerActivity.CPU]
     with profile(activities=cpu, profile_memory=True, record_shapes=True) as p:
         result = run()
