@@ -23,10 +23,14 @@ from fasternet_det import ConvAWS2d
 
 # An image of 427x640 pixels is enlarged so much to fit 1333x800.
 SCALE = 1.873
-# The last layers of heads, on maps of standard deviation 30: boxes stay near
-# their anchors, and scores do not saturate, so that no two are equal. And what
-# SAConv multiplies its map with: else it squares, layer by layer, to infinity.
-GAINS = {'_reg.': 0.01, '_cls.': 0.1, 'switch.': 0.01, '_context.': 0.1}
+# The last layers of heads, on maps of standard deviation 30, FPN's of up to
+# 100: boxes stay near their anchors, and scores do not saturate, so that none
+# are equal. And what SAConv multiplies its map with: else it squares, layer by
+# layer, to infinity.
+GAINS = {
+    **{'_reg.': 0.01, 'rpn_cls.': 0.02, 'retina_cls.': 0.02, '_cls.': 0.1},
+    **{'switch.': 0.01, '_context.': 0.1},
+}
 # Strides from a point to the sides of its box, for the heads that predict
 # them: around 0, every other box would end before it starts.
 DISTANCES = {'rtm_reg.': 4}

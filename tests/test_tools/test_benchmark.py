@@ -308,6 +308,20 @@ def test_profile_counts_what_is_kept():
     assert 40_000_000 <= peak < 40_001_000
 
 
+@pytest.mark.parametrize('kind', ['mask-rcnn', 'retinanet'])
+@torch.no_grad()
+def test_scores_do_not_saturate(kind):
+    """Of equal ones, rounding would choose."""
+    name = f'configs/fasternet/{kind}_fasternet-s_fpn_1x_coco.py'
+    detector = models.build_model(name, (256, 320), 1).module
+    maps = detector.extract_feat(torch.randn(1, 3, 256, 320))
+    head = detector.rpn_head if kind == 'mask-rcnn' else detector.bbox_head
+    for logits in head(maps)[0]:
+        scores = logits.flatten().sigmoid()
+        best = scores.topk(min(100, len(scores))).values
+        assert best.max() < 0.9999 and len(best.unique()) > 0.95 * len(best)
+
+
 def test_difference():
     x = torch.tensor([1.0, -2.0])
     assert seeded.difference([x + 0.5, x], [x, x]) == 0.25
