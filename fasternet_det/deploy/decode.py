@@ -398,7 +398,9 @@ class DenseDecoder(Decoder):
             image, index, label, score = self._pick(*level)
             # ONNX's exporter knows no remainder by an int; and the generator's
             # anchors are on the CPU.
-            size = [torch.tensor(side) for side in (height, width)]
+            size = [
+                torch.tensor(side, device='cpu') for side in (height, width)
+            ]
             prior = generator.sparse_priors(
                 index.cpu(), size, i, torch.float32, index.device
             )

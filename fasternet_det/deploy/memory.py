@@ -6,6 +6,7 @@ a Mask R-CNN at 800x1216 pixels.
 """
 
 import weakref
+from functools import partial
 from math import prod
 from typing import List
 
@@ -15,7 +16,7 @@ from torch import Tensor
 LARGE = 2**25  # bytes
 # Below, malloc does so until a tensor as large has been freed; see mallopt(3),
 # M_MMAP_THRESHOLD. Of this one no page is touched.
-torch.empty(LARGE - 2**16, dtype=torch.uint8)
+torch.empty(LARGE - 2**16, dtype=torch.uint8, device='cpu')
 # What has come back. There are as many as were lent at once, each as large as
 # the largest tensor it was lent to. Threads share them: both append and pop
 # are atomic.
@@ -38,12 +39,14 @@ def new_empty(like: Tensor, *shape: int) -> Tensor:
     lends = size >= LARGE and like.device.type == 'cpu'
     if not lends or torch.compiler.is_compiling():
         return like.new_empty(shape)
+    # not on the default device
+    allocate = partial(torch.empty, dtype=torch.uint8, device='cpu')
     try:
         block = blocks.pop()
     except IndexError:
-        block = torch.empty(0, dtype=torch.uint8)
+        block = allocate(0)
     if len(block) < size:
-        block = torch.empty(size, dtype=torch.uint8)
+        block = allocate(size)
     # Tensors that share memory keep alive what it came from.
     lent = block[:size].numpy()
     weakref.finalize(lent, blocks.append, block).atexit = False

@@ -459,7 +459,8 @@ class FastRoIAlign(RoIAlign):
         """
         channels = input.shape[1]
         out = new_empty(input, len(rois), *self.output_size, channels)
-        self.pool(input, rois, out, torch.arange(len(rois)))
+        rows = torch.arange(len(rois), device=rois.device)
+        self.pool(input, rois, out, rows)
         return out.permute(0, 3, 1, 2)
 
     def pool(

@@ -56,6 +56,11 @@ def test_of_inference_mode(large):
     assert len(memory.blocks) == 1
 
 
+def test_of_another_default_device(large):
+    with torch.device('meta'):
+        assert new_empty(LIKE, 1024).fill_(3).sum() == 3072
+
+
 def test_grows_to_the_largest(large):
     for count in (256, 1024, 512):
         new_empty(LIKE, count)
