@@ -31,7 +31,7 @@ IS_PINNED = torch.__version__.split('+')[0] == PINNED_TORCH
 collect_ignore = [
     f'test_deploy/test_{name}.py'
     for name in (
-        *('batches', 'decode', 'export', 'fuse', 'hook', 'memory'),
+        *('batches', 'decode', 'export', 'fuse', 'hook', 'large_maps'),
         *('optimize', 'precision', 'quantize'),
     )
 ] + [
