@@ -61,6 +61,21 @@ def test_of_another_default_device(large):
         assert new_empty(LIKE, 1024).fill_(3).sum() == 3072
 
 
+def test_on_another_device(large):
+    x = new_empty(LIKE.to('meta'), 2, 512)
+    assert x.device.type == 'meta' and x.shape == (2, 512)
+    assert not memory.blocks
+
+
+def test_compiled(large):
+    """The compiler, which cannot trace it, allocates by itself."""
+
+    def fill(x):
+        return new_empty(x, 1024).fill_(3) + x
+
+    assert torch.compile(fill, backend='eager')(torch.ones(1)).eq(4).all()
+
+
 def test_grows_to_the_largest(large):
     for count in (256, 1024, 512):
         new_empty(LIKE, count)
