@@ -1,8 +1,8 @@
 """Memory of large maps, lent anew when it comes back.
 
-From 32 MiB on, glibc's malloc asks the kernel for every tensor's memory,
-whatever is free, and the kernel fills it with zeros: a seventh of the time of
-a Mask R-CNN at 800x1216 pixels.
+From 32 MiB on, glibc's malloc gives a tensor's memory back to the kernel, and
+asks it for the next one's, which the kernel fills with zeros: a seventh of the
+time of a Mask R-CNN at 800x1216 pixels.
 """
 
 import weakref

@@ -59,5 +59,7 @@ def predict(folder, leaks):
 def test_predictions(leaks, tmp_path):
     """In a process of their own: this one has memory to spare."""
     samples = memory.alone(predict, tmp_path, leaks)
-    for values in zip(*samples):  # resident, and in use
-        assert (memory.growth(values) > 1000 * MAP / 2) == leaks
+    resident, in_use = map(memory.growth, zip(*samples))
+    assert (in_use > 1000 * MAP / 2) == leaks
+    # How much is free between what is in use depends on the machine.
+    assert resident < 2000 * MAP
