@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.backends.cpu import get_cpu_capability
 
 from .memory import new_empty
 
@@ -25,9 +26,10 @@ POINTS = np.array([0, 1, -1, 0.5, -2])
 BAND = 2**23
 # Where it is faster than oneDNN's direct convolution: from so many tiles on,
 # and with so many channels, less what is wasted of tiles that reach over the
-# edge. Measured with 64 to 512 channels and maps of 7x10 to 200x304; see
-# docs/benchmark.md.
-LEAST_TILES, LEAST_CHANNELS = 16, 112
+# edge. Measured with 64 to 512 channels and maps of 7x10 to 200x304, on a CPU
+# with AVX-512 and on one without; see docs/benchmark.md.
+LEAST_TILES = 16
+LEAST_CHANNELS = 72 if get_cpu_capability() == 'AVX2' else 112
 
 
 def _transforms() -> Tuple[Tensor, Tensor, Tensor]:

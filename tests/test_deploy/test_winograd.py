@@ -1,3 +1,5 @@
+from importlib.util import module_from_spec
+
 import pytest
 import torch
 import torch.nn as nn
@@ -49,20 +51,31 @@ def test_rounding():
 
 
 @pytest.mark.parametrize(
-    'shape, out_channels, expected',
+    'shape, out_channels, least',  # channels from which it is
     [
-        ((1, 256, 200, 304), 256, True),
-        ((1, 256, 25, 38), 256, True),
-        ((1, 128, 50, 76), 128, True),
-        ((100, 256, 14, 14), 256, True),
-        ((100, 128, 14, 14), 128, False),  # a quarter of the tiles is empty
-        ((1, 256, 7, 10), 256, False),  # six tiles
-        ((1, 64, 200, 304), 256, False),
-        ((1, 256, 200, 304), 36, False),
+        ((1, 256, 200, 304), 256, 256),
+        ((1, 256, 25, 38), 256, 217),  # some tiles reach over the edge
+        ((100, 128, 14, 14), 128, 98),  # a quarter of the tiles is empty
+        ((1, 256, 7, 10), 256, 0),  # six tiles
+        ((1, 64, 200, 304), 256, 64),
+        ((1, 256, 200, 304), 36, 36),
     ],
 )
-def test_where_it_is_faster(shape, out_channels, expected):
-    assert winograd.wins(torch.Size(shape), out_channels) is expected
+def test_where_it_is_faster(shape, out_channels, least, monkeypatch):
+    for channels in (72, 112):
+        monkeypatch.setattr(winograd, 'LEAST_CHANNELS', channels)
+        faster = winograd.wins(torch.Size(shape), out_channels)
+        assert faster == (least >= channels)
+
+
+@pytest.mark.parametrize('capability, least', [('AVX2', 72), ('AVX512', 112)])
+def test_fewer_channels_on_avx2(capability, least, monkeypatch):
+    monkeypatch.setattr(
+        torch.backends.cpu, 'get_cpu_capability', lambda: capability
+    )
+    fresh = module_from_spec(winograd.__spec__)
+    fresh.__spec__.loader.exec_module(fresh)
+    assert fresh.LEAST_CHANNELS == least
 
 
 @torch.no_grad()

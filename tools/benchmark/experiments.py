@@ -37,7 +37,7 @@ CONV = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 # Paper, Table 1: channels and side of the maps, of stacks of ten layers.
 PAPER_MAPS = ((96, 56), (192, 28), (384, 14), (768, 7))
 # Channels, and batch and sides of maps, of detectors at 800x1216.
-CHANNELS = (64, 96, 128, 256, 512)
+CHANNELS = (64, 80, 96, 128, 256, 512)
 WINOGRAD_MAPS = (
     *((1, 200, 304), (1, 100, 152), (1, 50, 76), (1, 25, 38), (1, 13, 19)),
     *((1, 7, 10), (100, 14, 14)),
