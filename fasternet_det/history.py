@@ -62,6 +62,9 @@ class Array(np.ndarray):
         if 'is_set' in self.__dict__:
             raise pickle.UnpicklingError('a second array state is refused')
         self.is_set = True
+        # Each item of a tensor would take memory.
+        if not isinstance(state, tuple):
+            raise pickle.UnpicklingError('another array state is refused')
         version, shape, dtype, fortran, data = state
         if type(dtype) is not Dtype or type(data) is not bytes:
             raise pickle.UnpicklingError('a numpy array of objects is refused')

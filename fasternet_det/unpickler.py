@@ -62,6 +62,15 @@ def _refuse(what: str) -> pickle.UnpicklingError:
     )
 
 
+def _sequence(items: Any) -> Union[list, tuple]:
+    """Pass on what takes no memory to iterate: each item of a tensor does."""
+    if not isinstance(items, (list, tuple)):
+        raise pickle.UnpicklingError(
+            f'{type(items).__name__} is refused where a tuple is expected'
+        )
+    return items
+
+
 class _Storage(NamedTuple):
     """The bytes of a tensor, and its dtype where the storage tells it."""
 
@@ -89,7 +98,7 @@ def _rebuild_tensor(
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError('a tensor without a storage is refused')
     data, dtype = storage.data, dtype or storage.dtype
-    sizes = (offset, *size, *stride)
+    sizes = (offset, *_sequence(size), *_sequence(stride))
     # Else torch would grow the storage, by memory as it was left.
     if (
         metadata
@@ -143,7 +152,7 @@ def _rebuild_with_attributes(
     """Stands for ``torch._tensor._rebuild_from_type_v2``."""
     if rebuild not in (_rebuild_tensor, _rebuild_tensor_v2):
         raise _refuse('a tensor subclass')
-    return rebuild(*args)
+    return rebuild(*_sequence(args))
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -162,10 +171,16 @@ def _check_keys(keys: Iterable) -> None:
 def _collect(kind: type, items: Iterable = ()) -> Any:
     """Stands for a container's class."""
     if not isinstance(items, dict):  # whose keys are checked
-        items = list(items)
-        pairs = kind is OrderedDict
-        _check_keys(item[0] if pairs else item for item in items)
+        keys = items = _sequence(items)
+        if kind is OrderedDict:
+            keys = [_sequence(pair)[0] for pair in items]
+        _check_keys(keys)
     return kind(items)
+
+
+def _size(items: Iterable = ()) -> torch.Size:
+    """Stands for ``torch.Size``."""
+    return torch.Size(_sequence(items))
 
 
 def _admitted() -> Dict[str, Any]:
@@ -208,7 +223,7 @@ def _admitted() -> Dict[str, Any]:
         **STAND_INS,
         '_codecs.encode': _encode,
         'builtins.complex': complex,
-        'torch.Size': torch.Size,
+        'torch.Size': _size,
         'torch.Tensor': 'torch.Tensor',  # names of types, not to be called
         'torch.UntypedStorage': untyped,
         'torch._tensor._rebuild_from_type_v2': _rebuild_with_attributes,
@@ -294,7 +309,7 @@ class _Unpickler(pickle._Unpickler):
         return ADMITTED[path]
 
     def persistent_load(self, pid: tuple) -> _Storage:
-        kind, storage, key, location, count, *view = pid
+        kind, storage, key, location, count, *view = _sequence(pid)
         if kind != 'storage' or not isinstance(storage, _StorageType):
             raise _refuse(f'persistent id {shown(kind)}')
         if type(key) is not str or type(location) is not str:

@@ -10,6 +10,7 @@ import types
 import zipfile
 from collections import Counter, OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -29,6 +30,7 @@ from fasternet_det.unpickler import (
 )
 
 BASE = torch.arange(24.0).reshape(4, 6)
+RECONSTRUCT = np.empty(0).__reduce__()[0]
 
 
 class Call:
@@ -187,14 +189,42 @@ def test_refused(forged, legacy):
         load(saved(forged, legacy))
 
 
+VIEW = torch.zeros(1, dtype=torch.uint8).expand(1 << 20)  # of a byte
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize(
+    'forged',
+    [
+        Call(set, VIEW),
+        Call(frozenset, VIEW),
+        Call(Counter, VIEW),
+        Call(OrderedDict, VIEW),
+        Call(OrderedDict, [VIEW]),
+        Call(torch.Size, VIEW),
+        rebuild(BASE.storage(), 0, VIEW, (1,), False, OrderedDict()),
+        rebuild(BASE.storage(), 0, (1,), VIEW, False, OrderedDict()),
+        Call(
+            torch._tensor._rebuild_from_type_v2,
+            *(torch._utils._rebuild_tensor_v2, torch.Tensor, VIEW, {}),
+        ),
+        Call(RECONSTRUCT, np.ndarray, (0,), b'b', state=VIEW),
+    ],
+)
+def test_a_tensor_is_not_taken_apart(forged, legacy):
+    """Each of its items would take 600 bytes, of the one that a file holds."""
+    with pytest.raises(pickle.UnpicklingError, match='tuple is exp|array sta'):
+        load(saved(forged, legacy))
+
+
 def test_items_go_into_containers_alone():
     """A tensor or an array has setters too."""
     size = b'ctorch\nSize\n(K\x01tR'
     for raw in (b'K\x01K\x02s.', b'(K\x01K\x02u.', b'K\x01a.', b'(K\x01e.'):
         with pytest.raises(pickle.UnpicklingError, match='items of a'):
             _Unpickler(io.BytesIO(b'N' + raw), None).load()
-    with pytest.raises(TypeError):  # torch.Size takes no number
-        _Unpickler(io.BytesIO(size + b'.'), None).load()
+    refuses('int is refused where a tuple is expected', size, b'.')
+    refuses('dict is refused where a tuple is expected', b'}Q.')
 
 
 @pytest.mark.parametrize(
