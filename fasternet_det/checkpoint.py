@@ -166,7 +166,8 @@ def find_pretrained(init_cfg: Union[dict, List[dict]]) -> Optional[dict]:
     # As mmengine's own `initialize` finds it, under all its names.
     if not any(
         cfg['type'] is PretrainedInit
-        or WEIGHT_INITIALIZERS.get(cfg['type']) is PretrainedInit
+        or isinstance(cfg['type'], str)
+        and WEIGHT_INITIALIZERS.get(cfg['type']) is PretrainedInit
         for cfg in cfgs
     ):
         return None

@@ -181,10 +181,17 @@ def _passes(loader: DataLoader, done: int) -> Iterator[Any]:
     these are passed over without being loaded is the batch sampler's part.
     """
     yield from repeat(None, done)
+    batches = loader.batch_sampler
     for epoch in count():
-        if hasattr(loader.batch_sampler.sampler, 'set_epoch'):
-            loader.batch_sampler.sampler.set_epoch(epoch)
+        if hasattr(batches.sampler, 'set_epoch'):
+            batches.sampler.set_epoch(epoch)
+        left = batches.skip, batches.number
         yield from loader
+        if left == (batches.skip, batches.number):
+            raise ValueError(
+                'the train_dataloader gives no batch: it has fewer images '
+                'than batch_size, and drop_last=True'
+            )
 
 
 def _attributes(model: nn.Module) -> Dict[Tuple[str, str], Any]:
@@ -254,10 +261,11 @@ class ExactCheckpointHook(CheckpointHook):
         TypeError: If the train_dataloader, or its sampler, is not a config.
         ValueError: If a training goes on with other batches, or by another
             number of processes, than it was saved by; or of
-            ``file_client_args``.
+            ``file_client_args``, or a ``filename_tmpl`` without a step.
     """
 
     _resumed: Optional[dict] = None
+    _states: Optional[list] = None  # of the processes, while this hook saves
     _seeds: Optional[_SeedHook] = None
 
     def before_run(self, runner: Runner) -> None:
@@ -285,6 +293,12 @@ class ExactCheckpointHook(CheckpointHook):
                 'ExactCheckpointHook takes backend_args, not the '
                 f'file_client_args={self.file_client_args!r} of old'
             )
+        if self.filename_tmpl.format(1) == self.filename_tmpl.format(2):
+            raise ValueError(
+                f'filename_tmpl={self.filename_tmpl!r} calls all checkpoints '
+                "alike: expected a place for the step, as in 'iter_{}.pth'"
+            )
+        self._warn(runner)
         super().before_train(runner)
         if type(self.file_backend) is LocalBackend:
             self.backend_args = dict(backend='atomic')
@@ -298,6 +312,24 @@ class ExactCheckpointHook(CheckpointHook):
         self._done, self._validated = 0, False
         if self._resumed is not None:
             self._restore(runner)
+
+    def _warn(self, runner: Runner) -> None:
+        """Tell what may keep a training from being exact."""
+        if runner._resume and not runner._has_loaded:
+            runner.logger.warning(
+                'There is no checkpoint to resume from, so the training '
+                'starts anew, and without the load_from that the config may '
+                'have, as --resume drops it: start without --resume'
+            )
+        if get_world_size() > 2 and not getattr(
+            runner.model, 'find_unused_parameters', True
+        ):
+            runner.logger.warning(
+                'From its second step on, DistributedDataParallel sums '
+                'gradients in another order, and more than two processes '
+                'notice: a resumed training ends as an unresumed one with '
+                'find_unused_parameters=True'
+            )
 
     def _number_batches(self, runner: Runner) -> None:
         """Build the dataloader again, to tell the place of each batch."""
@@ -449,7 +481,9 @@ class ExactCheckpointHook(CheckpointHook):
         super().after_train_epoch(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add what an exact resume needs."""
+        """Add what an exact resume needs, unless it is another who saves."""
+        if self._states is None:
+            return
         checkpoint[KEY] = dict(
             layout=self._layout,
             done=self._done,
@@ -463,6 +497,7 @@ class ExactCheckpointHook(CheckpointHook):
         self._validated = True
         self._states = all_gather_object(self._state(runner))
         super()._save_best_checkpoint(runner, metrics)
+        self._states = None
         self._remove_outdated()
 
     def _save_checkpoint_with_step(
@@ -491,6 +526,7 @@ class ExactCheckpointHook(CheckpointHook):
             backend_args=self.backend_args,
             **self.args,
         )
+        self._states = None
         if is_main_process():
             AtomicBackend().put_text(
                 self.last_ckpt,

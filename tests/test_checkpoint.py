@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer, MMLogger
-from mmengine.model import PretrainedInit
+from mmengine.model import KaimingInit, PretrainedInit
 from safetensors.torch import save_file
 
 from fasternet_det import FasterNet
@@ -424,6 +424,8 @@ def test_bad_values_of_init_cfg(init_cfg, message):
 
 def test_other_initialisers_are_not_pretrained():
     assert find_pretrained(dict(type='Kaiming', layer='Conv2d')) is None
+    # as a config in pure Python has it
+    assert find_pretrained(dict(type=KaimingInit, layer='Conv2d')) is None
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,8 @@ class Stop(Hook):
     def after_train_iter(self, runner, **_):
         if runner.iter + 1 == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.full_at and runner.iter in (0, 3):  # before, and between
+            runner.save_checkpoint(runner.work_dir, f'mine{runner.iter}.pth')
         if runner.iter + 1 == self.full_at:  # as good as a full disk
             limit = 5 << 20
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -429,12 +431,44 @@ def test_full_disk(configure):
     assert last(config)['meta']['iter'] == 3
     left = {path.name for path in Path(config.work_dir).glob('iter*')}
     assert left == {'iter_3.pth'}
+    for name in ('mine0.pth', 'mine3.pth'):  # by another, of no state
+        saved = read_checkpoint(Path(config.work_dir, name))
+        assert saved['state_dict'] and 'exact_resume' not in saved
 
 
 def test_file_client_args_are_refused():
     hook = ExactCheckpointHook(file_client_args=dict(backend='disk'))
     with pytest.raises(ValueError, match='takes backend_args, not the file_c'):
         hook.before_train(None)
+
+
+def test_names_without_a_step_are_refused():
+    """The older checkpoint would go last, and it would be the new one."""
+    hook = ExactCheckpointHook(filename_tmpl='latest.pth', max_keep_ckpts=1)
+    with pytest.raises(ValueError, match="tmpl='latest.pth' calls all checkp"):
+        hook.before_train(None)
+
+
+@pytest.mark.parametrize(
+    'processes, unused, warns',
+    [(2, False, False), (3, False, True), (3, True, False), (3, None, False)],
+)
+def test_warns_of_many_processes(processes, unused, warns, monkeypatch):
+    """Of three summands, the order can be seen."""
+    hook_module = sys.modules[ExactCheckpointHook.__module__]
+    monkeypatch.setattr(hook_module, 'get_world_size', lambda: processes)
+    model = SimpleNamespace()
+    if unused is not None:  # a wrapper
+        model.find_unused_parameters = unused
+    said = []
+    ExactCheckpointHook()._warn(
+        SimpleNamespace(
+            model=model,
+            logger=SimpleNamespace(warning=said.append),
+            **dict(_resume=True, _has_loaded=True),
+        )
+    )
+    assert ['unused_parameters' in line for line in said] == [True] * warns
 
 
 @pytest.mark.parametrize('what', ['loader', 'sampler'])
@@ -505,6 +539,13 @@ def test_checkpoints_of_another_hook(whole):
     code, said = resume_changed(config, 'another', checkpoint)
     assert code == 0
     assert 'This checkpoint is not of ExactCheckpointHook' in said
+    assert 'no checkpoint to resume from' not in said
+
+
+def test_resumed_from_nothing(configure):
+    config = configure(MASK_RCNN, dict(train_cfg=dict(max_iters=1)), 'nothing')
+    assert train(config, resume=True) == 0
+    assert 'There is no checkpoint to resume from' in log(config)
 
 
 class Items(Dataset):
@@ -559,6 +600,15 @@ def test_batches_are_numbered(num_workers, persistent):
     assert orders[:2] != orders[2:4]  # for each pass has its epoch
     # Of two workers, the first one has what was the second one's.
     assert draw(3, num_workers, persistent) == [None] * 3 + whole[3:]
+
+
+def test_a_loader_without_batches():
+    batches = BatchSampler(DefaultSampler(range(1)), 2, drop_last=True)
+    loader = DataLoader(
+        range(1), batch_sampler=_NumberedBatches(batches, lambda number: False)
+    )
+    with pytest.raises(ValueError, match='fewer images than batch_size'):
+        next(_passes(loader, 0))
 
 
 def test_what_a_model_keeps_outside_its_tensors():

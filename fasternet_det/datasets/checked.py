@@ -152,10 +152,21 @@ def check_images(pipeline: Compose) -> None:
     Args:
         pipeline (Compose): The pipeline, of which a ``LoadImageFromFile`` that
             decodes by OpenCV is replaced.
+
+    Raises:
+        ValueError: If that is to skip images that are missing, or has mmcv's
+            ``file_client_args`` of old.
     """
     steps = pipeline.transforms
     for i, step in enumerate(steps):
         if type(step) is LoadImageFromFile and step.imdecode_backend == 'cv2':
+            if step.ignore_empty or step.file_client_args is not None:
+                raise ValueError(
+                    'LoadImageFromFile: expected no ignore_empty, as missing '
+                    'images are raised, and backend_args in the place of '
+                    f'file_client_args, got ignore_empty={step.ignore_empty}, '
+                    f'file_client_args={step.file_client_args}'
+                )
             steps[i] = LoadCheckedImageFromFile(
                 step.to_float32,
                 step.color_type,
@@ -297,7 +308,16 @@ class CheckedCocoDataset(CocoDataset):
     def __init__(self, *args: Any, strict: bool = True, **kwargs: Any) -> None:
         self.strict = strict
         super().__init__(*args, **kwargs)
-        check_images(self.pipeline)
+
+    @property
+    def pipeline(self) -> Compose:
+        """The transforms; mmdet's ``PipelineSwitchHook`` sets others."""
+        return self._pipeline
+
+    @pipeline.setter
+    def pipeline(self, pipeline: Compose) -> None:
+        check_images(pipeline)
+        self._pipeline = pipeline
 
     def COCOAPI(self, path: str) -> COCO:
         """Examine an annotation file and read it: mmdet's own calls this."""

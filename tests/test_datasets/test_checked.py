@@ -424,6 +424,25 @@ def test_settings_of_loaders_are_kept():
         assert getattr(first, name) == value
 
 
+@pytest.mark.parametrize(
+    'settings', [dict(ignore_empty=True), dict(file_client_args=dict())]
+)
+def test_settings_that_would_go_are_refused(settings):
+    pipeline = Compose([dict(settings, type='LoadImageFromFile')])
+    (name,) = settings
+    with pytest.raises(ValueError, match=f'got .*{name}={settings[name]}'):
+        check_images(pipeline)
+
+
+def test_a_pipeline_that_is_switched_is_checked(folder):
+    """As by mmdet's PipelineSwitchHook, in RTMDet's last epochs."""
+    cfg = configured(folder, made_data(made_annotation()))
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    dataset.pipeline = Compose([dict(type='LoadImageFromFile')])
+    (step,) = dataset.pipeline.transforms
+    assert type(step) is LoadCheckedImageFromFile
+
+
 def test_decompression_bombs_are_refused(tmp_path):
     """50,000x50,000 pixels, for which OpenCV has an error of its own."""
     bomb = bytearray(encoded(RGB, 'BMP'))
