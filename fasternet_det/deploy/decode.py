@@ -128,10 +128,14 @@ def _check_methods(module: nn.Module, owner: type) -> None:
 
 
 def _check_coder(head: nn.Module) -> None:
+    coder = head.bbox_coder
     _expect(
-        hasattr(head.bbox_coder, 'clip_border'),  # LegacyDeltaXYWH's is not
+        hasattr(coder, 'clip_border')  # LegacyDeltaXYWH's has none
+        and coder.encode_size == 4  # mmrotate's have an angle too
+        and not coder.use_box_type,
         head,
-        'has a coder that clips by clip_border, as mmdet 2 and later do',
+        'has a coder of boxes of four numbers, as tensors, that clips by '
+        'clip_border, as mmdet 2 and later do',
     )
 
 

@@ -24,6 +24,7 @@ from ..layers import SAConv
 from .decode import EndToEnd, nms, roi_align
 from .fold import fold
 from .fuse import stays
+from .optimize import is_fast
 from .versions import check_torch
 
 try:
@@ -156,10 +157,12 @@ def to_onnx(
 
     Raises:
         RuntimeError: If torch is too old to export.
-        ValueError: If the model cannot be folded or exported, or the opset
-            is out of range, or lacks what the model needs.
+        ValueError: If the model cannot be folded or exported, or is in fast
+            form, or the opset is out of range, or lacks what the model needs.
     """
     check_torch('export')
+    if is_fast(model):
+        raise ValueError('the model is in fast form: export the original')
     newest = NEWEST_OPSET
     if any(isinstance(module, RoIAlign) for module in model.modules()):
         newest = ROI_ALIGN_OPSET

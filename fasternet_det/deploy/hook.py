@@ -1,9 +1,8 @@
 """The fast form in mmengine's test loop."""
 
-from typing import Iterable, Optional
+from typing import Dict, Optional
 
 import torch
-import torch.nn as nn
 from mmengine.hooks import Hook
 from mmengine.model import BaseAveragedModel, BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
@@ -32,6 +31,8 @@ class OptimizeHook(Hook):
             optimised.
     """
 
+    priority = 'LOWEST'  # once EMAHook has put the averaged weights in
+
     def __init__(
         self,
         dtype: str = 'float32',
@@ -49,28 +50,31 @@ class OptimizeHook(Hook):
         self.winograd = winograd
         self.calibration = calibration
 
-    def before_test(self, runner: Runner) -> None:
-        """Replace the model of a runner, which has its weights by now."""
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Replace the model of a runner, which has the weights to test."""
         batches = None
         if self.dtype == torch.int8:
             batches = calibration_batches(runner.cfg, self.calibration)
-        runner.model = self._optimize(runner.model, batches)
-
-    def _optimize(
-        self, model: nn.Module, batches: Optional[Iterable[dict]] = None
-    ) -> nn.Module:
-        """Optimise a detector, also in the wrappers that call it."""
+        owner, name = runner, 'model'
         # An averaged model is no wrapper in mmengine's registry, nor is the
         # one that merges the predictions of augmented images.
-        if is_model_wrapper(model) or isinstance(
-            model, (BaseAveragedModel, BaseTTAModel)
+        while is_model_wrapper(getattr(owner, name)) or isinstance(
+            getattr(owner, name), (BaseAveragedModel, BaseTTAModel)
         ):
-            model.module = self._optimize(model.module, batches)
-            return model
-        return optimize(
+            owner, name = getattr(owner, name), 'module'
+        model = getattr(owner, name)
+        self._original = owner, name, model
+        fast = optimize(
             model.eval(),
             self.dtype,
             compile=self.compile,
             winograd=self.winograd,
             calibration=batches,
         )
+        setattr(owner, name, fast)
+
+    def after_test_epoch(
+        self, runner: Runner, metrics: Optional[Dict[str, float]] = None
+    ) -> None:
+        """Give the model back, to be trained, or tested again."""
+        setattr(*self._original)

@@ -47,7 +47,9 @@ def describe(
             "this config's pipeline says to_float32=True"
         )
     swaps = cfg.get('bgr_to_rgb') or cfg.get('rgb_to_bgr')
-    order = 'RGB' if swaps and not pixels else 'BGR'
+    channels = 'RGB' if swaps and not pixels else 'BGR'
+    if not swaps and not reading.get('color_type', '').startswith('color'):
+        channels = None
     in_boxes = 'rcnn' in test_cfg
     threshold = (test_cfg.rcnn if in_boxes else test_cfg).get(
         'mask_thr_binary'
@@ -57,9 +59,7 @@ def describe(
         classes=classes,
         dtype='uint8' if pixels else 'float32',
         layout='NCHW',
-        channels=order
-        if reading.get('color_type', '').startswith('color')
-        else None,
+        channels=channels,
         mean=None if pixels else cfg.get('mean'),
         std=None if pixels else cfg.get('std'),
         pad_divisor=1 if pixels else cfg.get('pad_size_divisor', 1),
@@ -72,18 +72,21 @@ def describe(
 
 def _reading(config: Config) -> Dict[str, Any]:
     """How images are read, resized and padded before they are normalised."""
+    pipeline = get_test_pipeline_cfg(config)
     steps = {
         # LoadCheckedImageFromFile reads what it does not refuse likewise
         step.type.split('.')[-1].replace('Checked', ''): step
-        for step in get_test_pipeline_cfg(config)
+        for step in pipeline
     }
+    order = ('LoadImageFromFile', 'Resize', 'Pad')
+    places = [list(steps).index(name) for name in order if name in steps]
+    if len(steps) < len(pipeline) or places != sorted(places):
+        return {}  # a step twice, or in another order
     for name, step in steps.items():
         options = step.keys() - {'type', '_scope_'}
         if name not in TOLD or options - TOLD[name]:
             return {}
-    load, resize, pad = (
-        steps.get(name, {}) for name in ('LoadImageFromFile', 'Resize', 'Pad')
-    )
+    load, resize, pad = (steps.get(name, {}) for name in order)
     scale, size = resize.get('scale'), pad.get('size')
     if isinstance(scale, int):
         scale = (scale, scale)

@@ -24,21 +24,33 @@ from .precision import (
 from .versions import check_torch
 
 
+def is_fast(model: nn.Module) -> bool:
+    """Whether a model is what :func:`optimize` has made.
+
+    Args:
+        model (nn.Module): Any.
+    """
+    return any(
+        _refuse_gradients in module._forward_pre_hooks.values()
+        for module in model.modules()
+    )
+
+
 def _check(model: nn.Module, dtype: torch.dtype) -> None:
     """Refuse what cannot be computed in a dtype."""
-    if any(
-        _refuse_gradients in m._forward_pre_hooks.values()
-        for m in model.modules()
-    ):
+    if is_fast(model):
         raise ValueError(
             'the model is in fast form already: optimise the original'
         )
-    device = next(model.parameters()).device.type
+    weight = next(model.parameters(), None)
+    if weight is None:
+        raise ValueError(f'a {type(model).__name__} has no weights')
+    device = weight.device.type
     dtypes = [torch.float32, torch.bfloat16]
     dtypes += dict(cuda=[torch.float16], cpu=[torch.int8]).get(device, [])
     if dtype not in dtypes:
         raise ValueError(
-            f'cannot compute in {dtype} on {device}, expected one of '
+            f'cannot compute in {dtype!r} on {device}, expected one of '
             f'{", ".join(map(str, dtypes))}'
         )
     if (
@@ -132,8 +144,9 @@ def optimize(
 
     Raises:
         RuntimeError: If torch is older than 2.6.
-        ValueError: If the model trains, is in fast form already, holds whole
-            detectors, or cannot be computed in ``dtype``.
+        ValueError: If the model trains, is in fast form already, has no
+            weights, holds whole detectors, or cannot be computed in
+            ``dtype``.
     """
     check_torch('optimize')
     from .decode import decode_heads  # cannot be imported on an older one

@@ -17,6 +17,8 @@ from mmdet.models.dense_heads import (
     RetinaSepBNHead,
     RPNHead,
     RTMDetHead,
+    RTMDetInsHead,
+    RTMDetInsSepBNHead,
     RTMDetSepBNHead,
     SSDHead,
     YOLOV3Head,
@@ -44,6 +46,8 @@ PREDICTORS: Dict[type, Tuple[str, ...]] = {
     GFLHead: ('gfl_cls', 'gfl_reg', 'scales'),
     RTMDetHead: ('rtm_cls', 'rtm_reg', 'rtm_obj', 'scales'),
     RTMDetSepBNHead: ('rtm_cls', 'rtm_reg', 'rtm_obj'),
+    RTMDetInsHead: ('rtm_cls', 'rtm_reg', 'rtm_kernel', 'rtm_obj', 'scales'),
+    RTMDetInsSepBNHead: ('rtm_cls', 'rtm_reg', 'rtm_kernel', 'rtm_obj'),
     YOLOXHead: (
         'multi_level_conv_cls',
         'multi_level_conv_reg',

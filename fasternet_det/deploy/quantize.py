@@ -41,8 +41,17 @@ def quantize(
         tuple[onnx.ModelProto, list[str]]: The quantised form, and the names
         of what stays in float32: a convolution's weight, or a node. With
         nothing accepted, ``proto`` itself and all names.
+
+    Raises:
+        ValueError: If there is no image, or one from which not all that is
+            computed is finite.
     """
     images = list(images)
+    if not images:
+        raise ValueError(
+            'the calibration gives no image: expected some tens, and a new '
+            'generator for each export'
+        )
     proto = onnx.shape_inference.infer_shapes(proto)
     names = _quantizable(proto.graph)
     ranges = _ranges(proto, names, images)
@@ -162,6 +171,11 @@ def _ranges(
                 node.input[0] = source
                 del node.attribute[:]
                 node.attribute.extend(attributes)
+    if not np.isfinite([low, high]).all():
+        raise ValueError(
+            'from a calibration image the graph computes values that are not '
+            'finite: are the image, and the weights?'
+        )
     ranges = dict(zip(tensors, zip(low, high)))
     for output, group in groups.items():
         for node in group:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mmdet.models import RPN
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import get_box_tensor
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
@@ -240,7 +241,7 @@ def test_same_detections(kind):
             assert result.bboxes[:, 1::2].max() <= height
 
 
-@pytest.mark.parametrize('kind', sorted(KINDS.keys() - {'rtmdet-ins'}))
+@pytest.mark.parametrize('kind', KINDS)
 def test_fast_form(kind):
     """All of its heads is fast, and decodes here."""
     model = build(kind)
@@ -260,6 +261,9 @@ def test_fast_form(kind):
         apart = (a.bboxes[:, None] - b.bboxes).abs().amax(2)
         apart[a.labels[:, None] != b.labels] = torch.inf
         assert max(apart.amin(0).max(), apart.amin(1).max()) < 1e-3
+        if 'masks' in b:
+            differ = a.masks[apart.argmin(0)] != b.masks
+            assert differ.float().mean() < 1e-3
 
 
 def test_compiled():
@@ -344,6 +348,18 @@ def test_other_settings(kind, key, value):
     assert any(
         not torch.equal(a.scores, b.scores) for a, b in zip(expected, usual)
     )
+
+
+def test_coders_of_box_types():
+    """mmdet's own decoding stays: such coders give no plain tensors."""
+    model = build('retinanet')
+    images, samples = batch(SIDES)
+    expected = predict(model, images, samples, True)
+    model.bbox_head.bbox_coder.use_box_type = True
+    fast = decode_heads(model)
+    assert not any(isinstance(m, Decoder) for m in fast.modules())
+    for a, b in zip(predict(fast, images, samples, True), expected):
+        torch.testing.assert_close(get_box_tensor(a.bboxes), b.bboxes)
 
 
 @pytest.mark.parametrize(

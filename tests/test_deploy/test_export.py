@@ -21,13 +21,14 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from fasternet_det import FasterNet, MultiChannelDataPreprocessor, SPConv
+from fasternet_det.deploy import optimize
 from fasternet_det.deploy.decode import EndToEnd
 from fasternet_det.deploy.evaluate import (
     ExportedDetector,
     calibration_images,
     evaluate,
 )
-from fasternet_det.deploy.export import export, load
+from fasternet_det.deploy.export import export, load, to_onnx
 from fasternet_det.deploy.quantize import quantize
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -129,6 +130,11 @@ def test_deformable_layers_are_refused(conv_cfg, kind, tamed, tmp_path):
     ) as error:
         export(tamed(model), tmp_path / 'a.onnx')
     assert ('use_deform=False' in str(error.value)) == (kind == 'SAConv')
+
+
+def test_the_fast_form_is_refused():
+    with pytest.raises(ValueError, match='fast form: export the original'):
+        to_onnx(optimize(FasterNet('t0').eval()))
 
 
 def test_levels_pooled_to_one_size_are_refused(tmp_path):

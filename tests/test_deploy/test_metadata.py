@@ -137,6 +137,11 @@ def test_of_pipelines(steps, expected, config):
             dict(type='Resize', scale=(96, 64), keep_ratio=True),
             dict(type='Pad', pad_to_square=True),
         ],
+        [  # the other way round
+            dict(type='Pad', size=(96, 96)),
+            dict(type='Resize', scale=(64, 64)),
+        ],
+        [dict(type='Resize', scale=(96, 96))] * 2,
     ],
 )
 def test_what_cannot_be_told_is_missing(steps, config):
@@ -144,6 +149,17 @@ def test_what_cannot_be_told_is_missing(steps, config):
     found = describe(config)
     assert not found.keys() & set(READING)
     assert found['mean'] == COCO['mean'] and found['pad_divisor'] == 32
+    assert found['channels'] == 'RGB'
+
+
+def test_channels_that_are_unchanged_and_swapped(config):
+    """Of three in a file of 16 bits, in OpenCV's order, the first is last."""
+    load = config.test_dataloader.dataset.pipeline[0]
+    load.color_type = 'unchanged'
+    assert describe(config)['channels'] == 'RGB'
+    assert describe(config, pixels=True)['channels'] == 'BGR'
+    config.model.data_preprocessor.bgr_to_rgb = False
+    assert describe(config)['channels'] is None
 
 
 def test_pixels_of_other_than_8_bits():

@@ -475,6 +475,13 @@ def test_bare_stages_leave_their_input(layout, randomise):
     assert torch.equal(x, before)
 
 
+def test_nothing_to_optimize():
+    with pytest.raises(ValueError, match='a ReLU has no weights'):
+        optimize(nn.ReLU().eval())
+    with pytest.raises(ValueError, match="cannot compute in 'bfloat16' on"):
+        optimize(nn.Conv2d(1, 1, 1).eval(), 'bfloat16')
+
+
 @pytest.mark.parametrize('compile', [False, True])
 def test_twice(compile):
     fast = optimize(FasterNet('t0').eval(), compile=compile)

@@ -88,6 +88,22 @@ def error(quantized, proto, image):
     return wrong.max((1, 2, 3)) / np.abs(expected).max((1, 2, 3))
 
 
+def test_images_that_tell_no_range():
+    proto = graph(
+        BLOCK,
+        stem=(8, 3, 1, 1),
+        wide=(16, 8, 1, 1),
+        back=(8, 16, 1, 1),
+        last=(1, 8, 1, 1),
+    )
+    images = iter(images_of(8))
+    assert quantize(proto, images)[1] == []
+    with pytest.raises(ValueError, match='gives no image: .* new generator'):
+        quantize(proto, images)  # at its end
+    with pytest.raises(ValueError, match='not finite: are the image'):
+        quantize(proto, [images_of(8)[0] * np.float32(np.nan)])
+
+
 def test_regions_of_a_level_that_calibration_lacks():
     """Their values are eight times as large as those that it has seen."""
     proto = graph(

@@ -1,4 +1,5 @@
 from importlib.util import module_from_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,5 +137,6 @@ def test_switch(tamed, monkeypatch):
     optimize(model, winograd=False)(x)
     with pytest.raises(AttributeError, match='convolve'):
         optimize(model)(x)
-    hook = OptimizeHook(winograd=False)
-    hook._optimize(model)(x)
+    runner = SimpleNamespace(model=model)
+    OptimizeHook(winograd=False).before_test_epoch(runner)
+    runner.model(x)
