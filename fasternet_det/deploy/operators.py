@@ -28,9 +28,10 @@ FUSED = {
     nn.GELU: ('gelu', 'none'),
     nn.SiLU: ('swish', ''),
 }
-# A prepacked weight suits one input shape, so a convolution keeps a few: a
-# pyramid has five.
-KEPT_SHAPES = 5
+# A prepacked weight suits one input shape. Of 1x1 convolutions nearly all have
+# one layout, of 3x3 ones those of one width: a pyramid has five, and images
+# lie or stand.
+KEPT_LAYOUTS, KEPT_SHAPES = 16, 256
 # the weight, its version, and its copies by what they suit
 NOTHING_PACKED: Tuple[Optional[Tensor], int, Dict[torch.Size, Tensor]]
 NOTHING_PACKED = (None, 0, {})
@@ -99,6 +100,17 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _shared(packed: Tensor, kept: Iterable[Tensor]) -> Tensor:
+    """What is kept of the layout of a packed weight, or that itself."""
+    layout = getattr(torch.ops.mkldnn, '_get_mkldnn_serialized_md', None)
+    if layout is None or not packed.is_mkldnn:
+        return packed
+    for other in {id(copy): copy for copy in kept}.values():
+        if other.is_mkldnn and torch.equal(layout(other), layout(packed)):
+            return other
+    return packed
+
+
 class Packed(nn.Module):
     """A weight with copies in the layouts that oneDNN wants.
 
@@ -140,8 +152,14 @@ class Packed(nn.Module):
             source, kept = weight.data, {}
         key = self._suited(x.shape)
         if key not in kept:
-            kept = dict(list(kept.items())[1 - KEPT_SHAPES :])
-            kept[key] = self._pack(x.shape)
+            packed = _shared(self._pack(x.shape), kept.values())
+            kept = {**kept, key: packed}
+            # The oldest goes, but for Winograd's, which suits all shapes.
+            while (
+                len(kept) > KEPT_SHAPES
+                or len(set(map(id, kept.values()))) > KEPT_LAYOUTS
+            ):
+                del kept[next(filter(None, kept))]
             self._packed = source, version, kept
         return kept[key]
 

@@ -26,7 +26,7 @@ from fasternet_det.deploy import fold, optimize
 from fasternet_det.deploy.blocks import FastGhostBottleneck, FastTShapedConv
 from fasternet_det.deploy.fold_layers import FoldedSAConv
 from fasternet_det.deploy.operators import (
-    KEPT_SHAPES,
+    KEPT_LAYOUTS,
     FastBottleneck,
     FastRoIAlign,
     FastRoIExtractor,
@@ -212,15 +212,67 @@ def test_tiles(dtype, tolerance, config, head, randomise, monkeypatch):
         close(a, b, tolerance)
 
 
-def test_packed_weights_are_few():
+@pytest.fixture
+def apart(monkeypatch):
+    """Whatever the CPU, each size has a layout of its own."""
+    shared = 'fasternet_det.deploy.operators._shared'
+    monkeypatch.setattr(shared, lambda packed, kept: packed)
+
+
+@torch.no_grad()
+def test_packed_weights_are_few(apart):
     conv = FusedConv2d(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
-    for size in range(4, 4 + 2 * KEPT_SHAPES):
+    for size in range(4, 4 + 2 * KEPT_LAYOUTS):
         x = random('x', 1, 3, size, size)
         expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
-        with torch.no_grad():
-            close([conv(x)], [expected.relu()], 1e-5)
-    assert len(conv._packed[2]) == KEPT_SHAPES
+        close([conv(x)], [expected.relu()], 1e-5)
+    assert len(conv._packed[2]) == KEPT_LAYOUTS
     assert conv(random('x', 0, 3, 5, 5)).shape == (0, 8, 5, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_sizes_share_packed_weights(kernel, monkeypatch):
+    """Where the CPU wants one layout: of 1x1 convolutions nearly always."""
+    conv = FusedConv2d(nn.Conv2d(16, 32, kernel, padding=kernel // 2))
+    images = [random('x', 1, 16, *s) for s in ((8, 8), (16, 8), (8, 9))]
+    for x in images:
+        expected = nn.functional.conv2d(
+            x, conv.weight, conv.bias, padding=kernel // 2
+        )
+        close([conv(x)], [expected], 1e-5)
+    layouts = {
+        bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+        for packed in (conv._pack(x.shape) for x in images)
+    }
+    kept = conv._packed[2]
+    assert len(kept) == 3
+    assert len(set(map(id, kept.values()))) == len(layouts)
+    monkeypatch.setattr(conv, '_pack', None)  # nor is any packed again
+    for x in images:
+        conv(x)
+
+
+@torch.no_grad()
+def test_shapes_are_few(monkeypatch):
+    monkeypatch.setattr('fasternet_det.deploy.operators.KEPT_SHAPES', 3)
+    conv = FusedConv2d(nn.Conv2d(16, 32, 1))
+    for size in range(4, 9):
+        conv(random('x', 1, 16, size, size))
+    assert list(conv._packed[2]) == [(6, 6), (7, 7), (8, 8)]
+
+
+@torch.no_grad()
+def test_winograds_weight_stays(apart):
+    """The dearest to make, and of all sizes."""
+    conv = FusedConv2d(nn.Conv2d(128, 128, 3, padding=1))
+    conv(random('x', 1, 128, 32, 32))
+    ((key, transformed),) = conv._packed[2].items()
+    assert key == () and transformed.shape == (36, 128, 128)
+    for width in range(2, 4 + KEPT_LAYOUTS):
+        conv(random('x', 1, 128, 2, width))
+    assert conv._packed[2][key] is transformed
+    assert len(conv._packed[2]) == KEPT_LAYOUTS
 
 
 def test_threads_share_packed_weights(monkeypatch):
@@ -238,7 +290,7 @@ def test_threads_share_packed_weights(monkeypatch):
     monkeypatch.setattr(conv, '_pack', pack_at_once)
     with ThreadPoolExecutor(len(images)) as pool:
         assert all(map(torch.equal, pool.map(conv, images), expected))
-    assert 0 < len(conv._packed[2]) <= KEPT_SHAPES
+    assert 0 < len(conv._packed[2]) <= len(images)
 
 
 @pytest.mark.parametrize('bias', [True, False])
