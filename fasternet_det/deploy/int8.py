@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import (
     Any,
     Callable,
@@ -47,6 +48,7 @@ from .precision import predictors
 # A layer stays as it is if 8 bits change more than this share of its output,
 # as roots of the means of squares.
 MOST_NOISE = 0.1
+MOST_BATCHES = 1000  # to calibrate on
 # With fewer channels, an image's, there is little to win.
 LEAST_CHANNELS = 8
 # Values that are converted at a time, so that they stay in cache.
@@ -643,9 +645,17 @@ def check(model: nn.Module, calibration: Iterable) -> List[Any]:
         list: The batches.
 
     Raises:
-        ValueError: If there are none, or they are not for the model.
+        ValueError: If there are none, or more than MOST_BATCHES, or they are
+            not for the model.
     """
-    batches = list(calibration)
+    # A training's dataloader may never end.
+    batches = list(islice(calibration, MOST_BATCHES + 1))
+    if len(batches) > MOST_BATCHES:
+        raise ValueError(
+            f'calibration gives more than {MOST_BATCHES} batches, which are '
+            'all held in memory, and some tens of images are enough: give '
+            'itertools.islice(loader, 32)'
+        )
     expected = 'tensors (N, C, H, W)'
     fit = [isinstance(b, Tensor) and b.dim() == 4 for b in batches]
     if isinstance(model, BaseDetector):

@@ -5,6 +5,7 @@ import pickle
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -617,6 +618,10 @@ def test_arguments(retinanet):
         (
             *(model, torch.int8, dict(calibration=[])),
             '0 batches, of nothing: a FasterNet wants .* in tensors',
+        ),
+        (
+            *(model, torch.int8, dict(calibration=repeat(x[0]))),
+            'gives more than 1000 batches, .* some tens of images are enough',
         ),
         (
             *(model, torch.int8, dict(calibration=[x[0][0]])),
