@@ -189,8 +189,8 @@ def _passes(loader: DataLoader, done: int) -> Iterator[Any]:
         yield from loader
         if left == (batches.skip, batches.number):
             raise ValueError(
-                'the train_dataloader gives no batch: it has fewer images '
-                'than batch_size, and drop_last=True'
+                'the train_dataloader gives no batch: has it images, and, '
+                'with drop_last=True, as many as batch_size in each process?'
             )
 
 

@@ -48,7 +48,7 @@ from .precision import predictors
 # A layer stays as it is if 8 bits change more than this share of its output,
 # as roots of the means of squares.
 MOST_NOISE = 0.1
-MOST_BATCHES = 1000  # to calibrate on
+MOST_BATCHES = 256  # to calibrate on
 # With fewer channels, an image's, there is little to win.
 LEAST_CHANNELS = 8
 # Values that are converted at a time, so that they stay in cache.

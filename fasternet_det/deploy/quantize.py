@@ -43,8 +43,8 @@ def quantize(
         nothing accepted, ``proto`` itself and all names.
 
     Raises:
-        ValueError: If there is no image, or one from which not all that is
-            computed is finite.
+        ValueError: If there is no image, or one is not finite, or overflows
+            within the graph.
     """
     images = list(images)
     if not images:
@@ -52,6 +52,9 @@ def quantize(
             'the calibration gives no image: expected some tens, and a new '
             'generator for each export'
         )
+    # of some NaN, ONNX Runtime's minimum and maximum tell nothing
+    if not all(np.isfinite(image).all() for image in images):
+        raise ValueError('a calibration image is not finite')
     proto = onnx.shape_inference.infer_shapes(proto)
     names = _quantizable(proto.graph)
     ranges = _ranges(proto, names, images)
@@ -174,7 +177,7 @@ def _ranges(
     if not np.isfinite([low, high]).all():
         raise ValueError(
             'from a calibration image the graph computes values that are not '
-            'finite: are the image, and the weights?'
+            'finite: are the weights?'
         )
     ranges = dict(zip(tensors, zip(low, high)))
     for output, group in groups.items():

@@ -621,7 +621,7 @@ def test_arguments(retinanet):
         ),
         (
             *(model, torch.int8, dict(calibration=repeat(x[0]))),
-            'gives more than 1000 batches, .* some tens of images are enough',
+            'gives more than 256 batches, .* some tens of images are enough',
         ),
         (
             *(model, torch.int8, dict(calibration=[x[0][0]])),

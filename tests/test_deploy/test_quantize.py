@@ -100,8 +100,13 @@ def test_images_that_tell_no_range():
     assert quantize(proto, images)[1] == []
     with pytest.raises(ValueError, match='gives no image: .* new generator'):
         quantize(proto, images)  # at its end
-    with pytest.raises(ValueError, match='not finite: are the image'):
-        quantize(proto, [images_of(8)[0] * np.float32(np.nan)])
+    broken = images_of(8)
+    broken[1][0, 1, 2, 3] = np.nan
+    with pytest.raises(ValueError, match='a calibration image is not finite'):
+        quantize(proto, broken)
+    scale(proto, 'wide_weight', np.inf)
+    with pytest.raises(ValueError, match='not finite: are the weights'):
+        quantize(proto, images_of(8))
 
 
 def test_regions_of_a_level_that_calibration_lacks():
