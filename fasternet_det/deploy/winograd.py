@@ -26,9 +26,10 @@ POINTS = np.array([0, 1, -1, 0.5, -2])
 BAND = 2**23
 # Where it is faster than oneDNN's direct convolution: from so many tiles on,
 # and with so many channels, less what is wasted of tiles that reach over the
-# edge. Measured with 64 to 512 channels and maps of 7x10 to 200x304, on a CPU
-# with AVX-512 and on one without; see docs/benchmark.md.
-LEAST_TILES = 16
+# edge, and some more where tiles are few, for what each call takes. Measured
+# with 64 to 512 channels and maps of 7x10 to 200x304, on CPUs with AVX-512 and
+# with AVX2; see docs/benchmark.md.
+LEAST_TILES, TILES_TIMES_MORE = 16, 1500
 LEAST_CHANNELS = 72 if get_cpu_capability() == 'AVX2' else 112
 
 
@@ -66,7 +67,8 @@ def wins(shape: torch.Size, out_channels: int) -> bool:
     n, c, height, width = shape
     tiles = n * -(-height // 4) * -(-width // 4)
     full = min(c, out_channels) * n * height * width
-    return tiles >= LEAST_TILES and full >= LEAST_CHANNELS * 16 * tiles
+    least = 16 * (LEAST_CHANNELS * tiles + TILES_TIMES_MORE)
+    return tiles >= LEAST_TILES and full >= least
 
 
 def convolve(

@@ -55,8 +55,10 @@ def test_rounding():
     'shape, out_channels, least',  # channels from which it is
     [
         ((1, 256, 200, 304), 256, 256),
-        ((1, 256, 25, 38), 256, 217),  # some tiles reach over the edge
-        ((100, 128, 14, 14), 128, 98),  # a quarter of the tiles is empty
+        ((1, 256, 25, 38), 256, 195),  # some tiles reach over the edge
+        ((100, 128, 14, 14), 128, 97),  # a quarter of the tiles is empty
+        ((1, 256, 13, 19), 256, 122),  # twenty tiles
+        ((1, 128, 13, 19), 128, 23),
         ((1, 256, 7, 10), 256, 0),  # six tiles
         ((1, 64, 200, 304), 256, 64),
         ((1, 256, 200, 304), 36, 36),
@@ -83,6 +85,7 @@ def test_fewer_channels_on_avx2(capability, least, monkeypatch):
 def test_fused(monkeypatch):
     """Weights that change are followed; all sizes share the transformed."""
     layer = FusedConv2d(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())
+    monkeypatch.setattr(winograd, 'LEAST_CHANNELS', 72)
     called = []
     convolve = winograd.convolve
     monkeypatch.setattr(

@@ -363,7 +363,7 @@ def test_operators(monkeypatch, tmp_path):
 
 
 def test_winograd(monkeypatch, tmp_path):
-    maps = ((2, 8, 12), (1, 16, 16))
+    maps = ((2, 8, 12), (1, 32, 64))
     monkeypatch.setattr(experiments, 'WINOGRAD_MAPS', maps)
     monkeypatch.setattr(experiments, 'CHANNELS', (8, 128))
     run(monkeypatch, 'winograd', '--rounds', 1, '--out', tmp_path)
