@@ -55,14 +55,13 @@ class OptimizeHook(Hook):
         batches = None
         if self.dtype == torch.int8:
             batches = calibration_batches(runner.cfg, self.calibration)
-        owner, name = runner, 'model'
+        owner, name, model = runner, 'model', runner.model
         # An averaged model is no wrapper in mmengine's registry, nor is the
         # one that merges the predictions of augmented images.
-        while is_model_wrapper(getattr(owner, name)) or isinstance(
-            getattr(owner, name), (BaseAveragedModel, BaseTTAModel)
+        while is_model_wrapper(model) or isinstance(
+            model, (BaseAveragedModel, BaseTTAModel)
         ):
-            owner, name = getattr(owner, name), 'module'
-        model = getattr(owner, name)
+            owner, name, model = model, 'module', model.module
         self._original = owner, name, model
         fast = optimize(
             model.eval(),

@@ -105,8 +105,9 @@ def _shared(packed: Tensor, kept: Iterable[Tensor]) -> Tensor:
     layout = getattr(torch.ops.mkldnn, '_get_mkldnn_serialized_md', None)
     if layout is None or not packed.is_mkldnn:
         return packed
+    wanted = layout(packed)
     for other in {id(copy): copy for copy in kept}.values():
-        if other.is_mkldnn and torch.equal(layout(other), layout(packed)):
+        if other.is_mkldnn and torch.equal(layout(other), wanted):
             return other
     return packed
 

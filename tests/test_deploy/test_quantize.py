@@ -64,6 +64,16 @@ def graph(text, **shapes):
     return proto
 
 
+def residual_block():
+    return graph(
+        BLOCK,
+        stem=(8, 3, 1, 1),
+        wide=(16, 8, 1, 1),
+        back=(8, 16, 1, 1),
+        last=(1, 8, 1, 1),
+    )
+
+
 def scale(proto, name, factors):
     """Multiply a weight, channel by channel perhaps."""
     (weight,) = (w for w in proto.graph.initializer if w.name == name)
@@ -89,13 +99,7 @@ def error(quantized, proto, image):
 
 
 def test_images_that_tell_no_range():
-    proto = graph(
-        BLOCK,
-        stem=(8, 3, 1, 1),
-        wide=(16, 8, 1, 1),
-        back=(8, 16, 1, 1),
-        last=(1, 8, 1, 1),
-    )
+    proto = residual_block()
     images = iter(images_of(8))
     assert quantize(proto, images)[1] == []
     with pytest.raises(ValueError, match='gives no image: .* new generator'):
@@ -133,13 +137,7 @@ def test_regions_of_a_level_that_calibration_lacks():
 @pytest.fixture
 def block():
     """In it, the ReLU has one channel of huge values, which nothing reads."""
-    proto = graph(
-        BLOCK,
-        stem=(8, 3, 1, 1),
-        wide=(16, 8, 1, 1),
-        back=(8, 16, 1, 1),
-        last=(1, 8, 1, 1),
-    )
+    proto = residual_block()
     huge, unread = np.ones(16), np.ones(16)
     huge[3], unread[3] = 1000, 0
     scale(proto, 'wide_weight', huge.reshape(-1, 1, 1, 1))
