@@ -350,6 +350,14 @@ def test_other_settings(kind, key, value):
     )
 
 
+def test_coders_of_five_numbers():
+    """As mmrotate's, with an angle: its own decoding stays."""
+    model = build('retinanet')
+    model.bbox_head.bbox_coder.encode_size = 5
+    fast = decode_heads(model)
+    assert not any(isinstance(m, Decoder) for m in fast.modules())
+
+
 def test_coders_of_box_types():
     """mmdet's own decoding stays: such coders give no plain tensors."""
     model = build('retinanet')
