@@ -392,14 +392,13 @@ class Int8Layer(Packed):
         self.register_buffer('steps', steps)
         self.register_buffer('zeros', torch.zeros_like(steps).int())
 
-    def _suited(self, shape: torch.Size) -> torch.Size:
-        return torch.Size()
-
     def _pack(self, shape: torch.Size) -> Tensor:
         if self.is_linear:
             return onednn.qlinear_prepack(self.weight, None)
+        # Of a layout that another shape wants, each call makes its own.
         return onednn.qconv_prepack(
-            self.weight, self.steps, *self.read[:2], *self.geometry
+            *(self.weight, self.steps, *self.read[:2], *self.geometry),
+            list(shape),
         )
 
     def _bytes(self, x: Tensor, scale: Scale) -> Tuple[Tensor, float, int]:

@@ -155,12 +155,11 @@ class Packed(nn.Module):
         if key not in kept:
             packed = _shared(self._pack(x.shape), kept.values())
             kept = {**kept, key: packed}
-            # The oldest goes, but for Winograd's, which suits all shapes.
             while (
                 len(kept) > KEPT_SHAPES
                 or len(set(map(id, kept.values()))) > KEPT_LAYOUTS
             ):
-                del kept[next(filter(None, kept))]
+                del kept[next(iter(kept))]  # the oldest
             self._packed = source, version, kept
         return kept[key]
 
@@ -201,11 +200,14 @@ class FusedConv2d(Packed):
         )
 
     def _suited(self, shape: torch.Size) -> torch.Size:
-        return torch.Size() if self._by_winograd(shape) else shape[2:]
+        if self._by_winograd(shape):
+            return torch.Size([winograd.tiles(shape, self.out_channels)])
+        return shape[2:]
 
     def _pack(self, shape: torch.Size) -> Tensor:
         if self._by_winograd(shape):
-            return winograd.transform(self.weight)
+            tiles = winograd.tiles(shape, self.out_channels)
+            return winograd.transform(self.weight, tiles)
         return torch.ops.mkldnn._reorder_convolution_weight(
             self.weight, *self._geometry(), list(shape)
         )
@@ -414,12 +416,16 @@ class InPlaceBlock(nn.Module):
     def _tiles(self, *maps: Tensor) -> Iterable[Tuple[Tensor, ...]]:
         """Cut maps into equal tiles of rows, which share their memory."""
         x = maps[0]
-        if x.device.type != 'cpu' or _memory_format(x) != torch.channels_last:
-            return [maps]
         # The rows of all images lie behind each other.
         height = len(x) * x.shape[2]
         row = self.expand.out_channels * x.shape[3] * x.itemsize
         rows = _rows(height, height * row)
+        if (
+            rows == height
+            or x.device.type != 'cpu'
+            or _memory_format(x) != torch.channels_last
+        ):
+            return [maps]
         return zip(
             *(
                 m.permute(0, 2, 3, 1)  # N, H, W, C

@@ -262,20 +262,6 @@ def test_shapes_are_few(monkeypatch):
     assert list(conv._packed[2]) == [(6, 6), (7, 7), (8, 8)]
 
 
-@torch.no_grad()
-def test_winograds_weight_stays(apart, monkeypatch):
-    """The dearest to make, and of all sizes."""
-    monkeypatch.setattr('fasternet_det.deploy.winograd.LEAST_CHANNELS', 72)
-    conv = FusedConv2d(nn.Conv2d(128, 128, 3, padding=1))
-    conv(random('x', 1, 128, 32, 32))
-    ((key, transformed),) = conv._packed[2].items()
-    assert key == () and transformed.shape == (36, 128, 128)
-    for width in range(2, 4 + KEPT_LAYOUTS):
-        conv(random('x', 1, 128, 2, width))
-    assert conv._packed[2][key] is transformed
-    assert len(conv._packed[2]) == KEPT_LAYOUTS
-
-
 def test_threads_share_packed_weights(monkeypatch):
     """They stay few, though all threads pack at once."""
     conv = FusedConv2d(nn.Conv2d(3, 8, 3)).requires_grad_(False)

@@ -23,55 +23,78 @@ def seeded(*shapes):
     ]
 
 
-@pytest.mark.parametrize('band', [1, 2**16, 2**23])
+def convolved(x, weight, bias, activation):
+    tiles = winograd.tiles(x.shape, len(weight))
+    transformed = winograd.transform(weight.float(), tiles)
+    assert transformed.shape == (36 * len(weight), x.shape[1], 1, 1)
+    bias = None if bias is None else bias.float()
+    return winograd.convolve(x.float(), transformed, bias, activation).double()
+
+
+@pytest.mark.parametrize('band', [1, 2**16, 2**17, 2**23])
 @pytest.mark.parametrize(
-    'shape', [(1, 5, 8, 8), (2, 5, 13, 6), (3, 4, 14, 14), (2, 3, 1, 1)]
+    'shape',
+    [
+        (1, 5, 8, 8),
+        (2, 5, 33, 6),
+        (3, 4, 14, 14),
+        (9, 4, 14, 14),
+        (2, 3, 1, 1),
+    ],
 )
 def test_is_the_convolution(shape, band, monkeypatch):
-    """Of one tile at a time, of some rows, and of all images at once."""
+    """Of one tile at a time, of some rows, of some images, and of all."""
     monkeypatch.setattr(winograd, 'BAND', band)
     x, weight, bias = seeded(shape, (7, shape[1], 3, 3), (7,))
-    transformed = winograd.transform(weight)
-    assert transformed.shape == (36, shape[1], 7)
     for some in (bias, None):
-        found = winograd.convolve(x, transformed, some, nn.SiLU())
+        found = convolved(x, weight, some, nn.SiLU())
         expected = F.silu(F.conv2d(x, weight, some, 1, 1))
-        assert_close(found, expected, rtol=0, atol=1e-12)
+        assert_close(found, expected, rtol=0, atol=5e-5)
         assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_rounding():
-    """In float32, over 256 channels, as near as the direct one's 1.3e-6."""
+    """Over 256 channels within 1e-5; the direct one's is 1.3e-6."""
     x, weight = seeded((1, 256, 24, 32), (256, 256, 3, 3))
     expected = F.conv2d(x, weight, None, 1, 1)
-    found = winograd.convolve(
-        x.float(), winograd.transform(weight.float()), None, nn.Identity()
-    )
+    found = convolved(x, weight, None, nn.Identity())
     error = (found - expected).abs().max() / expected.abs().max()
-    assert error < 4e-6
+    assert error < 7e-6
+
+
+def test_all_parts_are_of_one_size(monkeypatch):
+    """For any number of regions there are few sizes, so few layouts."""
+    monkeypatch.setattr(winograd, 'BAND', 14 * 4 * 36 * 16 * 256)
+    shapes = [torch.Size((n, 256, 14, 14)) for n in range(1, 1001)]
+    sizes = {winograd.tiles(shape, 256) for shape in shapes}
+    assert sizes == {16 * images for images in range(1, 15)}
+    sizes = {winograd.tiles(shape, 256) for shape in shapes[13::14]}
+    assert sizes == {224}
+    assert winograd.tiles(torch.Size((1, 256, 200, 304)), 256) == 2 * 76
+    assert winograd._starts(100, 13) == [0, 13, 26, 39, 52, 65, 78, 87]
 
 
 @pytest.mark.parametrize(
     'shape, out_channels, least',  # channels from which it is
     [
-        ((1, 256, 200, 304), 256, 256),
-        ((1, 256, 25, 38), 256, 195),  # some tiles reach over the edge
+        ((1, 256, 200, 304), 256, 255),
+        ((1, 256, 25, 38), 256, 208),  # some tiles reach over the edge
         ((100, 128, 14, 14), 128, 97),  # a quarter of the tiles is empty
-        ((1, 256, 13, 19), 256, 122),  # twenty tiles
-        ((1, 128, 13, 19), 128, 23),
+        ((1, 256, 13, 19), 256, 167),  # twenty tiles
+        ((1, 128, 13, 19), 128, 68),
         ((1, 256, 7, 10), 256, 0),  # six tiles
         ((1, 64, 200, 304), 256, 64),
         ((1, 256, 200, 304), 36, 36),
     ],
 )
 def test_where_it_is_faster(shape, out_channels, least, monkeypatch):
-    for channels in (72, 112):
+    for channels in (72, 100):
         monkeypatch.setattr(winograd, 'LEAST_CHANNELS', channels)
         faster = winograd.wins(torch.Size(shape), out_channels)
         assert faster == (least >= channels)
 
 
-@pytest.mark.parametrize('capability, least', [('AVX2', 72), ('AVX512', 112)])
+@pytest.mark.parametrize('capability, least', [('AVX2', 72), ('AVX512', 100)])
 def test_fewer_channels_on_avx2(capability, least, monkeypatch):
     monkeypatch.setattr(
         torch.backends.cpu, 'get_cpu_capability', lambda: capability
@@ -83,7 +106,7 @@ def test_fewer_channels_on_avx2(capability, least, monkeypatch):
 
 @torch.no_grad()
 def test_fused(monkeypatch):
-    """Weights that change are followed; all sizes share the transformed."""
+    """Weights that change are followed."""
     layer = FusedConv2d(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())
     monkeypatch.setattr(winograd, 'LEAST_CHANNELS', 72)
     called = []

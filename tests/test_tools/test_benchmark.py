@@ -376,7 +376,7 @@ def test_winograd(monkeypatch, tmp_path):
     monkeypatch.setattr(
         experiments.winograd,
         'transform',
-        lambda weight: 1.1 * transform(weight),
+        lambda weight, tiles: transform(1.1 * weight, tiles),
     )
     with pytest.raises(ValueError, match='they differ by'):
         experiments.measure_layers(experiments.winograd_pairs, rounds=1)

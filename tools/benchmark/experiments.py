@@ -256,7 +256,9 @@ def winograd_pairs() -> Iterator[Dict[str, Run]]:
         direct.winograd = False
         x = torch.randn(batch, channels, *size)
         x = x.to(memory_format=torch.channels_last)
-        filters = winograd.transform(layer.weight)
+        filters = winograd.transform(
+            layer.weight, winograd.tiles(x.shape, channels)
+        )
         tiles = partial(
             winograd.convolve, x, filters, layer.bias, direct.activation
         )
