@@ -57,9 +57,9 @@ WANT_LARGE = ('ddod', 'dino', 'ssd', 'v3det')
 PROPOSALS = 100  # of two-stage detectors, in such small images
 ROUNDS = 5  # of the timing
 # Largest error of the maps, and least share of detections in common. The
-# offsets of deformable layers amplify rounding: noise of 1e-7 in the image
-# moves dyhead's maps by 5e-5.
-LIMITS = {torch.float32: (1e-4, 0.95), torch.bfloat16: (0.03, 0)}
+# offsets of deformable layers amplify rounding, and so does libra_rcnn's neck:
+# noise of 1e-7 in the image moves dyhead's maps by 5e-5.
+LIMITS = {torch.float32: (2e-4, 0.95), torch.bfloat16: (0.03, 0)}
 CRASHED = 'crashed'  # of a stage, until it ends
 HEADER = (
     *('family', 'config', 'outputs', 'changed too', 'trains'),
@@ -90,9 +90,11 @@ LEGEND = f"""\
 REMARKS = """\
 libra_rcnn, nas_fpn and dyhead amplify rounding: mmdet's own maps in float32
 are 1e-5, 3e-5 and 5e-5 from those in float64, nas_fpn's fast form 3e-6;
-folding libra_rcnn and nas_fpn in float64 changes 4e-15 and 3e-14. nas_fcos
-and soft_teacher find one of some 20 more or less at the threshold. ssd does
-not predict in mmdet 3.3, whatever the backbone."""
+folding libra_rcnn and nas_fpn in float64 changes 4e-15 and 3e-14. In bfloat16,
+yolox's and strongsort's maps (of a YOLOX too) differ by 3.4 % and 3.1 % at one
+place, by 1.8 % and 1.5 % as roots of the means of squares. nas_fcos and
+soft_teacher find one of some 20 more or less at the threshold. ssd does not
+predict in mmdet 3.3, whatever the backbone."""
 
 
 class Trial:

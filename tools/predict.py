@@ -248,7 +248,9 @@ def load_exported(path: Path) -> Tuple[Predict, List[str], int]:
             raise ValueError(f'the model takes another: {error}') from error
         dets, labels, *masks = (output[0] for output in outputs)
         real = labels >= 0
-        boxes = np.minimum(dets[real, :4], np.float32(size * 2))
+        boxes = dets[real, :4]
+        if notes.get('clip_border', True):  # older files do not say
+            boxes = np.minimum(boxes, np.float32(size * 2))
         boxes /= np.float32(factors * 2)
         shape = image.shape[:2]
         if notes['mask_grid'] == 'image':

@@ -26,8 +26,8 @@ AS_READ = dict(type='DetDataPreprocessor')  # neither normalises nor pads
 class ExportedDetector(BaseDetector):
     """An exported detector that predicts as an mmdet detector does.
 
-    The exported graph clips boxes to its input, which may be padded; here
-    they are clipped to the image.
+    Where the exported graph clips boxes, it does so to its input, which may be
+    padded; here they are clipped to the image.
 
     Args:
         session (Session): See :func:`~fasternet_det.deploy.export.load`.
@@ -35,7 +35,8 @@ class ExportedDetector(BaseDetector):
             that takes images as they are read.
         metadata (dict, optional): See
             :func:`~fasternet_det.deploy.metadata.describe`. Defaults to None:
-            normalised images, and masks within boxes of 0.5 and more.
+            normalised images, clipped boxes, and masks within boxes of 0.5
+            and more.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ExportedDetector(BaseDetector):
         as_read = self.dtype == 'uint8'
         super().__init__(AS_READ if as_read else data_preprocessor)
         self.session = session
+        self.clips = notes.get('clip_border', True)
         self.on_image = notes.get('mask_grid') == 'image'
         self.mask_cfg = Config(
             dict(mask_thr_binary=notes.get('mask_threshold') or 0.5)
@@ -78,13 +80,14 @@ class ExportedDetector(BaseDetector):
             batch_data_samples, *map(torch.from_numpy, outputs)
         ):
             kept = labels >= 0
-            height, width = sample.img_shape
-            limit = dets.new_tensor([width, height, width, height])
             result = InstanceData(
-                bboxes=dets[kept, :4].minimum(limit),
+                bboxes=dets[kept, :4],
                 scores=dets[kept, 4],
                 labels=labels[kept],
             )
+            if self.clips:
+                limit = dets.new_tensor(sample.img_shape[::-1] * 2)
+                result.bboxes = result.bboxes.minimum(limit)
             if masks and not self.on_image:
                 # scales the boxes too
                 (result,) = self.mask_head.predict_by_feat(

@@ -3,7 +3,7 @@
 from typing import Any, Dict, Optional, Sequence
 
 from mmdet.utils import get_test_pipeline_cfg
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from .. import __version__
 
@@ -66,8 +66,18 @@ def describe(
         pad_value=cfg.get('pad_value', 0),
         mask_threshold=threshold,
         mask_grid=threshold and ('box' if in_boxes else 'image'),
+        clip_border=_clips(config.model),
         **reading,
     )
+
+
+def _clips(model: ConfigDict) -> bool:
+    """Whether a detector clips boxes to the image."""
+    head = model.get('roi_head', model).bbox_head
+    head = head[-1] if isinstance(head, list) else head  # Cascade R-CNN's
+    if head.type.split('.')[-1] == 'YOLOXHead':
+        return False
+    return head.get('bbox_coder', {}).get('clip_border', True)
 
 
 def _reading(config: Config) -> Dict[str, Any]:

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config, ConfigDict
+from mmengine.utils import get_installed_path
 
 import fasternet_det
 from fasternet_det.deploy.metadata import describe
 
 ROOT = Path(__file__).parents[2]
+MMDET = Path(get_installed_path('mmdet'), '.mim', 'configs')
 COCO = dict(
     fasternet_det=fasternet_det.__version__,
     classes=None,
@@ -27,6 +29,7 @@ COCO = dict(
     pad_value=0,
     mask_threshold=None,
     mask_grid=None,
+    clip_border=True,
 )
 READING = ('color_type', 'to_float32', 'scale', 'keep_ratio') + (
     *('pad_size', 'pad_pixel'),
@@ -98,6 +101,34 @@ def test_of_masks_over_images(config):
     config.model.test_cfg.mask_thr_binary = 0.4  # as of RTMDet-Ins
     found = describe(config)
     assert (found['mask_threshold'], found['mask_grid']) == (0.4, 'image')
+
+
+@pytest.mark.parametrize(
+    'path, change, expected',
+    [
+        ('yolox/yolox_s_8xb8-300e_coco.py', {}, False),
+        ('retinanet/retinanet_r50_fpn_1x_coco.py', {}, True),
+        (
+            'retinanet/retinanet_r50_fpn_1x_coco.py',
+            {'bbox_head.bbox_coder.clip_border': False},
+            False,
+        ),
+        (
+            'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+            {'roi_head.bbox_head.2.bbox_coder.clip_border': False},
+            False,
+        ),
+        (
+            'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+            {'rpn_head.bbox_coder.clip_border': False},
+            True,
+        ),
+    ],
+)
+def test_of_boxes_beyond_the_image(path, change, expected):
+    config = Config.fromfile(MMDET / path)
+    config.merge_from_dict({f'model.{k}': v for k, v in change.items()})
+    assert describe(config)['clip_border'] is expected
 
 
 def pipeline(config, *steps):

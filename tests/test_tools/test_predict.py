@@ -316,6 +316,36 @@ def test_masks_over_images(ori_shape):
     assert (alone != expected.masks[0].numpy()).mean() < 1e-3
 
 
+@pytest.mark.parametrize('clips', [True, False])
+def test_boxes_beyond_the_image(clips, tmp_path, monkeypatch):
+    """By the tool and by an ExportedDetector: YOLOX clips none."""
+    notes = dict(
+        clip_border=clips,
+        scale=None,
+        pad_size=None,
+        dtype='uint8',
+        color_type='color',
+        to_float32=False,
+        mask_grid=None,
+        classes=['a'],
+    )
+    outputs = [np.float32([[[1, 2, 70, 45, 0.9]]]), np.array([[0]])]
+    path = tmp_path / 'a.png'
+    cv2.imwrite(str(path), np.zeros((40, 60, 3), np.uint8))
+    load = tool['load_exported']
+    texts = {key: json.dumps(value) for key, value in notes.items()}
+    session = (lambda images: outputs, texts)
+    monkeypatch.setitem(load.__globals__, 'open_onnx', lambda path: session)
+    predict, *_ = load(tmp_path / 'a.onnx')
+    expected = [[1, 2, 60, 40] if clips else [1, 2, 70, 45]]
+    assert predict(path)[0].tolist() == expected
+    detector = ExportedDetector(session[0], None, dict(clip_border=clips))
+    sample = DetDataSample(metainfo=dict(img_shape=(40, 60)))
+    images = torch.zeros(1, 3, 64, 64)
+    (found,) = detector.predict(images, [sample], rescale=False)
+    assert found.pred_instances.bboxes.tolist() == expected
+
+
 @pytest.mark.parametrize('first', [0, 1])
 def test_run_lengths(first):
     mask = np.random.default_rng(0).random((7, 5)) > 0.5

@@ -266,7 +266,9 @@ def exported_side(spec: Spec, model: Model, folder: Path) -> Side:
     if model.samples is None:
         return Side(spec, model, run, lambda: list(map(torch.tensor, run())))
     # A detector's graph keeps its maps to itself, and masks are not compared.
-    detector = ExportedDetector(lambda images: session(images)[:2], AS_READ)
+    detector = ExportedDetector(  # all of the input is image
+        lambda images: session(images)[:2], AS_READ, dict(clip_border=False)
+    )
     found = partial(model.found_by, detector)
     return Side(spec, model, run, lambda: None, found)
 
