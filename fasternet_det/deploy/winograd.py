@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.backends.cpu import get_cpu_capability
 
 from .memory import new_empty
 
@@ -29,8 +28,7 @@ BAND = 2**23
 # edge, and some more where tiles are few, for what each call takes. Measured
 # with 64 to 512 channels and maps of 7x10 to 200x304, on CPUs with AVX-512 and
 # with AVX2; see docs/benchmark.md.
-LEAST_TILES, TILES_TIMES_MORE = 16, 600
-LEAST_CHANNELS = 72 if get_cpu_capability() == 'AVX2' else 100
+LEAST_TILES, LEAST_CHANNELS, TILES_TIMES_MORE = 16, 76, 600
 
 
 def _transforms() -> Tuple[Tensor, Tensor, Tensor]:

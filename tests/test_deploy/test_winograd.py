@@ -1,4 +1,3 @@
-from importlib.util import module_from_spec
 from types import SimpleNamespace
 
 import pytest
@@ -94,21 +93,10 @@ def test_where_it_is_faster(shape, out_channels, least, monkeypatch):
         assert faster == (least >= channels)
 
 
-@pytest.mark.parametrize('capability, least', [('AVX2', 72), ('AVX512', 100)])
-def test_fewer_channels_on_avx2(capability, least, monkeypatch):
-    monkeypatch.setattr(
-        torch.backends.cpu, 'get_cpu_capability', lambda: capability
-    )
-    fresh = module_from_spec(winograd.__spec__)
-    fresh.__spec__.loader.exec_module(fresh)
-    assert fresh.LEAST_CHANNELS == least
-
-
 @torch.no_grad()
 def test_fused(monkeypatch):
     """Weights that change are followed."""
     layer = FusedConv2d(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())
-    monkeypatch.setattr(winograd, 'LEAST_CHANNELS', 72)
     called = []
     convolve = winograd.convolve
     monkeypatch.setattr(
