@@ -28,7 +28,7 @@ BAND = 2**23
 # edge, and some more where tiles are few, for what each call takes. Measured
 # with 64 to 512 channels and maps of 7x10 to 200x304, on CPUs with AVX-512 and
 # with AVX2; see docs/benchmark.md.
-LEAST_TILES, LEAST_CHANNELS, TILES_TIMES_MORE = 16, 76, 600
+LEAST_TILES, LEAST_CHANNELS, TILES_TIMES_MORE = 16, 88, 600
 
 
 def _transforms() -> Tuple[Tensor, Tensor, Tensor]:

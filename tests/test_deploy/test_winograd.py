@@ -87,7 +87,7 @@ def test_all_parts_are_of_one_size(monkeypatch):
     ],
 )
 def test_where_it_is_faster(shape, out_channels, least, monkeypatch):
-    for channels in (72, 100):
+    for channels in (72, 88, 100):
         monkeypatch.setattr(winograd, 'LEAST_CHANNELS', channels)
         faster = winograd.wins(torch.Size(shape), out_channels)
         assert faster == (least >= channels)
