@@ -18,16 +18,17 @@ from torch import Tensor
 from .memory import new_empty
 
 # At which the polynomials are multiplied, infinity beside them. Over 256
-# channels they lose 2.3e-6 of the largest value in float32, the usual
-# 0, 1, -1, 2, -2 6.2e-6, the direct convolution 1.3e-6.
+# channels they lose 2.3e-6 of the largest value in float32, oneDNN's order of
+# summing makes it 5e-6; with the usual 0, 1, -1, 2, -2 it is 6.2e-6 and more.
 POINTS = np.array([0, 1, -1, 0.5, -2])
 # Bytes of transformed map at a time, so that it stays in the CPU's last cache.
 BAND = 2**23
 # Where it is faster than oneDNN's direct convolution: from so many tiles on,
 # and with so many channels, less what is wasted of tiles that reach over the
 # edge, and some more where tiles are few, for what each call takes. Measured
-# with 64 to 512 channels and maps of 7x10 to 200x304, on CPUs with AVX-512 and
-# with AVX2; see docs/benchmark.md.
+# with 64 to 512 channels and maps of 7x10 to 200x304, on a CPU with AVX-512,
+# see docs/benchmark.md; with 80, what a quiet machine gains, one that shares
+# its last cache loses.
 LEAST_TILES, LEAST_CHANNELS, TILES_TIMES_MORE = 16, 88, 600
 
 
