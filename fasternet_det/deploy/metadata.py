@@ -73,9 +73,9 @@ def describe(
 
 def _clips(model: ConfigDict) -> bool:
     """Whether a detector clips boxes to the image."""
-    head = model.get('roi_head', model).bbox_head
+    head = (model.get('roi_head') or model).get('bbox_head') or {}
     head = head[-1] if isinstance(head, list) else head  # Cascade R-CNN's
-    if head.type.split('.')[-1] == 'YOLOXHead':
+    if 'YOLOXHead' in str(head.get('type')):
         return False
     return head.get('bbox_coder', {}).get('clip_border', True)
 
