@@ -64,7 +64,7 @@ def test_families(family, quick, tmp_path):
     assert row['train'] == dict(without=without, frozen=0)
     assert row['predict']['detections'] >= 10
     fast = row['float32']
-    assert fast['error'] < (1e-4 if deformable else 1e-5)
+    assert fast['error'] < (2e-4 if deformable else 1e-5)
     assert fast['common'] == 1
     assert fast['faster'] > 0
     if deformable:
