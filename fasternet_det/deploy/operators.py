@@ -206,8 +206,7 @@ class FusedConv2d(Packed):
 
     def _pack(self, shape: torch.Size) -> Tensor:
         if self._by_winograd(shape):
-            tiles = winograd.tiles(shape, self.out_channels)
-            return winograd.transform(self.weight, tiles)
+            return winograd.transform(self.weight, shape)
         return torch.ops.mkldnn._reorder_convolution_weight(
             self.weight, *self._geometry(), list(shape)
         )

@@ -71,12 +71,13 @@ def tiles(shape: torch.Size, out_channels: int) -> int:
     return prod(_band(shape, out_channels))
 
 
-def transform(weight: Tensor, tiles: int) -> Tensor:
-    """Transform filters, into the layout that oneDNN wants for some tiles.
+def transform(weight: Tensor, shape: torch.Size) -> Tensor:
+    """Transform filters, into the layout that oneDNN wants for an input.
 
     Args:
         weight (Tensor): Of shape (C_out, C_in, 3, 3).
-        tiles (int): How many are computed at a time.
+        shape (torch.Size): Of the input, (N, C_in, H, W). Inputs of as many
+            :func:`tiles` want one layout.
 
     Returns:
         Tensor: Of shape (36 * C_out, C_in, 1, 1).
@@ -84,7 +85,9 @@ def transform(weight: Tensor, tiles: int) -> Tensor:
     points = torch.einsum('ay,bx,oiyx->aboi', G, G, weight.double())
     points = points.flatten(0, 2)[:, :, None, None].to(weight.dtype)
     return torch.ops.mkldnn._reorder_convolution_weight(
-        points, *PRODUCTS, [1, 36 * weight.shape[1], 1, tiles]
+        points,
+        *PRODUCTS,
+        [1, 36 * weight.shape[1], 1, tiles(shape, len(weight))],
     )
 
 

@@ -376,7 +376,7 @@ def test_winograd(monkeypatch, tmp_path):
     monkeypatch.setattr(
         experiments.winograd,
         'transform',
-        lambda weight, tiles: transform(1.1 * weight, tiles),
+        lambda weight, shape: transform(1.1 * weight, shape),
     )
     with pytest.raises(ValueError, match='they differ by'):
         experiments.measure_layers(experiments.winograd_pairs, rounds=1)

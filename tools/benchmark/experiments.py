@@ -256,9 +256,7 @@ def winograd_pairs() -> Iterator[Dict[str, Run]]:
         direct.winograd = False
         x = torch.randn(batch, channels, *size)
         x = x.to(memory_format=torch.channels_last)
-        filters = winograd.transform(
-            layer.weight, winograd.tiles(x.shape, channels)
-        )
+        filters = winograd.transform(layer.weight, x.shape)
         tiles = partial(
             winograd.convolve, x, filters, layer.bias, direct.activation
         )
