@@ -73,7 +73,8 @@ def describe(
 
 def _clips(model: ConfigDict) -> bool:
     """Whether a detector clips boxes to the image."""
-    head = (model.get('roi_head') or model).get('bbox_head') or {}
+    owner = model.get('roi_head', model)
+    head = owner.get('bbox_head', owner.get('rpn_head', {}))
     head = head[-1] if isinstance(head, list) else head  # Cascade R-CNN's
     if 'YOLOXHead' in str(head.get('type')):
         return False

@@ -109,6 +109,11 @@ def test_of_masks_over_images(config):
         ('yolox/yolox_s_8xb8-300e_coco.py', {}, False),
         ('retinanet/retinanet_r50_fpn_1x_coco.py', {}, True),
         ('rpn/rpn_r50_fpn_1x_coco.py', {}, True),
+        (
+            'rpn/rpn_r50_fpn_1x_coco.py',
+            {'rpn_head.bbox_coder.clip_border': False},
+            False,
+        ),
         ('solo/solo_r50_fpn_1x_coco.py', {}, True),
         (
             'retinanet/retinanet_r50_fpn_1x_coco.py',

@@ -316,11 +316,14 @@ def test_masks_over_images(ori_shape):
     assert (alone != expected.masks[0].numpy()).mean() < 1e-3
 
 
-@pytest.mark.parametrize('clips', [True, False])
+@pytest.mark.parametrize('clips', [True, False, None])
 def test_boxes_beyond_the_image(clips, tmp_path, monkeypatch):
-    """By the tool and by an ExportedDetector: YOLOX clips none."""
+    """By the tool and by an ExportedDetector: YOLOX clips none, and files of
+    before do not say.
+    """
+    told = {} if clips is None else dict(clip_border=clips)
     notes = dict(
-        clip_border=clips,
+        **told,
         scale=None,
         pad_size=None,
         dtype='uint8',
@@ -337,9 +340,9 @@ def test_boxes_beyond_the_image(clips, tmp_path, monkeypatch):
     session = (lambda images: outputs, texts)
     monkeypatch.setitem(load.__globals__, 'open_onnx', lambda path: session)
     predict, *_ = load(tmp_path / 'a.onnx')
-    expected = [[1, 2, 60, 40] if clips else [1, 2, 70, 45]]
+    expected = [[1, 2, 70, 45] if clips is False else [1, 2, 60, 40]]
     assert predict(path)[0].tolist() == expected
-    detector = ExportedDetector(session[0], None, dict(clip_border=clips))
+    detector = ExportedDetector(session[0], None, told)
     sample = DetDataSample(metainfo=dict(img_shape=(40, 60)))
     images = torch.zeros(1, 3, 64, 64)
     (found,) = detector.predict(images, [sample], rescale=False)
