@@ -137,8 +137,8 @@ class Packed(nn.Module):
     def packed(self, x: Tensor) -> Tensor:
         """The weight in the layout for an input of this shape.
 
-        One for all batch sizes: that of regions varies, and the layout hardly
-        depends on it.
+        One for all batch sizes, as that of regions varies: where oneDNN wants
+        another layout for one, it makes that in each call.
         """
         weight = self.weight
         version = 0 if weight.is_inference() else weight._version

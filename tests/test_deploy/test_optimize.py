@@ -159,6 +159,14 @@ def test_block_is_exact(layout, batch, randomise, monkeypatch):
         close([x], [expected], 1e-12)
 
 
+@torch.no_grad()
+def test_small_maps_are_not_cut():
+    block = InPlaceBlock(fold(FasterNet('t0').eval()).stages[0].blocks[0])
+    x = random('x', 2, 40, 4, 4).to(memory_format=torch.channels_last)
+    ((tile,),) = block._tiles(x)
+    assert tile is x
+
+
 def test_copies(randomise):
     """Packed weights are opaque to pickle; a copy packs its own."""
     model = randomise(FasterNet('t0')).eval()
