@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,7 @@ def test_all_parts_are_of_one_size(monkeypatch):
     assert sizes == {16 * images for images in range(1, 15)}
     sizes = {winograd.tiles(shape, 256) for shape in shapes[13::14]}
     assert sizes == {224}
+    assert winograd.tiles(torch.Size((15, 256, 14, 14)), 256) == 16 * 8
     assert winograd.tiles(torch.Size((1, 256, 200, 304)), 256) == 2 * 76
     assert winograd._starts(100, 13) == [0, 13, 26, 39, 52, 65, 78, 87]
 
@@ -113,6 +115,23 @@ def test_fused(monkeypatch):
         )
         layer.weight.mul_(1.5)
     assert len(called) == 9 and len(layer._packed[2]) == 1
+
+
+@torch.no_grad()
+def test_filters_lie_as_each_size_wants(capfd):
+    """Else each call lays them out anew, in 0.25 s of 512 channels."""
+    layer = FusedConv2d(nn.Conv2d(128, 128, 3, padding=1))
+    maps = [torch.randn(1, 128, size, size) for size in (16, 48)]
+    threads, mkldnn = torch.get_num_threads(), torch.backends.mkldnn
+    torch.set_num_threads(2)  # with more than one, layouts differ
+    for x in maps:
+        layer(x)
+    with mkldnn.verbose(mkldnn.VERBOSE_ON):
+        for x in maps:
+            layer(x)
+    torch.set_num_threads(threads)
+    kinds = re.findall(r',exec,cpu,(\w+)', capfd.readouterr().out)
+    assert kinds == ['convolution'] * 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.structures import InstanceData
@@ -168,6 +169,19 @@ def test_rtmdet_finds_something(tmp_path):
     for empty in ([side], [side, side]):  # equal emptiness is no agreement
         with pytest.raises(ValueError, match='coco finds nothing in an'):
             experiments.compare(empty)
+
+
+def test_boxes_are_as_the_graph_gives_them(monkeypatch, tmp_path):
+    """YOLOX's reach beyond the image."""
+    module = pytest.importorskip('fasternet_det.deploy.export')
+    dets = np.float32([[[1, 2, 150, 140, 0.9]]])  # in 128x128 pixels
+    outputs = [dets, np.array([[0]])]
+    monkeypatch.setattr(module, 'export', lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, 'load', lambda *args: lambda images: outputs)
+    (side,) = build(MINI, ['@onnxruntime'], tmp_path)
+    (found,) = side.found()
+    expected = torch.tensor(dets[0, :, :4]) / seeded.SCALE
+    torch.testing.assert_close(found.bboxes, expected)
 
 
 def test_wrong_weights_are_refused(monkeypatch):
